@@ -69,18 +69,23 @@ class DataConfig:
     """Users with fewer interactions are left out and counted."""
     max_bad_rows: Count = 0
     """Malformed rows to skip (and count) before giving up (rows)."""
-    split: Literal["by_user", "leave_one_out", "global_time"] = "by_user"
-    """`by_user`: disjoint users 7:1:2 (the paper's); `leave_one_out`: last item tests; `global_time`: two cuts in time."""
+    split: Literal["by_user", "leave_one_out", "global_time", "given"] = "by_user"
+    """`by_user`: disjoint users 7:1:2 (the paper's); `leave_one_out`: last item tests; `global_time`: two cuts in time;
+    `given`: as train.tsv, valid.tsv and test.tsv say (source `mllmrec`)."""
     split_ratios: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.7, 0.1, 0.2)
     """Shares of train, valid and test (of users, or of time); must sum to 1."""
     split_seed: int = 0
     """Seed of the permutation of users."""
     history_len: PositiveInt = 8
     """Interactions shown before the target (items)."""
-    train_windows: Literal["last", "all"] = "last"
-    """`last`: one training example a user; `all`: every position of the training users' sequences is a target."""
-    train_resamples: PositiveInt = 1
-    """How many times each training window is written, each time with its own negatives and order."""
+    sft_windows: Literal["last", "all", "cover"] = "last"
+    """SFT examples: a training user's last item as the target (the paper's), every item, or as few windows as hold every item once."""
+    sft_history_len: Count = 0
+    """Interactions shown before the target in SFT examples; 0 means `history_len` (items)."""
+    sft_resamples: PositiveInt = 1
+    """How many times SFT's windows are cut, each time with other places, negatives and candidate order."""
+    grpo_windows: Literal["last", "all"] = "last"
+    """GRPO's prompts: a training user's last item as the target, or every item."""
     negatives: PositiveInt = 9
     """Candidates beside the target, never interacted with by the user in any split (items)."""
     negative_sampling: Literal["uniform", "popularity"] = "uniform"
@@ -109,6 +114,8 @@ class PromptConfig:
     """Whether the answer is `[ITEM_<id>] <title>` (the paper's) or `[ITEM_<id>]` alone."""
     list_candidates: bool = True
     """Whether the prompt lists the candidates."""
+    reasoning: bool = False
+    """Whether training prompts show the user's reasoning trace, where the data hold one; evaluation prompts never do."""
     max_prompt_tokens: PositiveInt = 1024
     """Longest prompt; longer ones drop their oldest history first (tokens)."""
     max_title_chars: PositiveInt = 200
@@ -132,6 +139,20 @@ class TokenizerConfig:
 
 
 @_config_class
+class RopeScalingConfig:
+    """Llama 3.1's rescaling of the slow rotary frequencies for a longer context (arXiv:2407.21783, section 3.4)."""
+
+    factor: Annotated[float, Field(ge=1)] = 1.0
+    """What frequencies of wavelengths beyond the original context are divided by; 1 is off."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Wavelengths above original_max_position / low_freq_factor are divided in full."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Wavelengths below original_max_position / high_freq_factor are kept; those between are blended."""
+    original_max_position: PositiveInt = 8192
+    """Context the model was first trained with (tokens)."""
+
+
+@_config_class
 class ModelConfig:
     """A decoder of the Qwen3, Qwen2 or Llama family; sizes are read from `weights`/config.json where that is given."""
 
@@ -148,6 +169,7 @@ class ModelConfig:
     max_position: PositiveInt = 2048
     """Longest sequence the model takes (tokens)."""
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScalingConfig = dataclasses.field(default_factory=RopeScalingConfig)
     norm_eps: PositiveFloat = 1e-6
     tie_embeddings: bool = True
     """Whether the output head is the embedding table."""
@@ -385,6 +407,12 @@ def check_config(config: RunConfig, where: str = "command line") -> RunConfig:
         )
     if config.model.head_dim % 2:
         problems.append(f"model.head_dim: expected an even number (rotary pairs), got {config.model.head_dim}")
+    scaling = config.model.rope_scaling
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        problems.append(
+            f"model.rope_scaling.high_freq_factor: expected more than low_freq_factor = {scaling.low_freq_factor}, "
+            f"got {scaling.high_freq_factor}"
+        )
     if list(config.loader.buckets) != sorted(set(config.loader.buckets)):
         problems.append(f"loader.buckets: expected ascending lengths, got {config.loader.buckets}")
     if config.sft.mode == "lora" and config.model.weights is None:

@@ -1,0 +1,4 @@
+"""Per-token log-prob, entropy and KL from hidden states, without holding tokens x vocabulary."""
+
+from mllmrec_kernels.logprob_kl.api import LogprobOutput as LogprobOutput
+from mllmrec_kernels.logprob_kl.api import compute_logprobs as compute_logprobs

@@ -1,0 +1,1 @@
+"""Recommenders that need no language model: the floors every table shows."""

@@ -1,0 +1,1 @@
+"""Readers, splits, candidates, tokens, shards and the loader."""

@@ -1,0 +1,1 @@
+"""Rollout and ranking: token ids in, token ids and scores out."""

@@ -1,0 +1,128 @@
+"""Attention on the group layout: G continuations attend to one shared prompt and each to itself.
+
+Scores are made for a block of query rows at a time, so that peak memory grows with the block and not with G x P; blocks are recomputed
+in the backward pass. Softmax is float32. Head axes: H query heads share K key/value heads, R = H / K queries each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mllmrec_jax.config import RopeScalingConfig
+
+NO_ROPE_SCALING = RopeScalingConfig()
+
+# Query rows whose scores exist at a time. 512 rows x 2048 keys x 32 heads of float32 are 128 MiB.
+QUERY_BLOCK = 512
+
+
+def rotary_frequencies(head_dim: int, *, theta: float, scaling: RopeScalingConfig) -> Float[Array, " half"]:
+    """Radians a position of each rotary pair: theta^(-2 i / head_dim) (Su et al. 2021, arXiv:2104.09864), float32.
+
+    With `scaling.factor` above 1, rescaled as Llama 3.1 does (Grattafiori et al. 2024, arXiv:2407.21783; `apply_scaling` in Meta's
+    llama-models): a pair that turns fewer than `low_freq_factor` times within the original context is slowed by `factor`, one that
+    turns more than `high_freq_factor` times is kept, and between the two the weight is linear in the number of turns.
+    """
+    half = head_dim // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling.factor == 1:
+        return frequency
+    turns = scaling.original_max_position * frequency / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = jnp.clip(kept, 0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(
+    x: Float[Array, "... H d"], position: Int[Array, "..."], *, theta: float, scaling: RopeScalingConfig = NO_ROPE_SCALING
+) -> Float[Array, "... H d"]:
+    """Rotary embedding in the half-split convention (Su et al. 2021, arXiv:2104.09864), computed in float32."""
+    half = x.shape[-1] // 2
+    frequency = rotary_frequencies(x.shape[-1], theta=theta, scaling=scaling)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
+    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def attend_prompt(q: Float[Array, "B P H d"], k: Float[Array, "B P K d"], v: Float[Array, "B P K d"]) -> Float[Array, "B P H d"]:
+    """Causal self-attention of right-padded prompts: padding stands behind every real row, so causality already hides it."""
+    b, p, h, d = q.shape
+    kv = k.shape[2]
+    q = q.reshape(b, p, kv, h // kv, d) * d**-0.5
+
+    def attend(q_block: jax.Array, start: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bqkrd,bpkd->bkrqp", q_block, k)
+        row = start + jnp.arange(q_block.shape[1])[:, None]
+        weights = _softmax(scores, jnp.arange(p)[None, :] <= row)
+        return jnp.einsum("bkrqp,bpkd->bqkrd", weights.astype(v.dtype), v)
+
+    if p <= QUERY_BLOCK:
+        return attend(q, jnp.int32(0)).reshape(b, p, h, d)
+    blocks = -(-p // QUERY_BLOCK)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * QUERY_BLOCK - p), (0, 0), (0, 0), (0, 0)))
+    split = padded.reshape(b, blocks, QUERY_BLOCK, kv, h // kv, d).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)), (split, jnp.arange(blocks) * QUERY_BLOCK))
+    return out.swapaxes(0, 1).reshape(b, blocks * QUERY_BLOCK, h, d)[:, :p]
+
+
+def attend_group(
+    q: Float[Array, "B G Q H d"],
+    k: Float[Array, "B G C K d"],
+    v: Float[Array, "B G C K d"],
+    prompt_k: Float[Array, "B P K d"],
+    prompt_v: Float[Array, "B P K d"],
+    length: Int[Array, " B"],
+    *,
+    start: jax.Array | int = 0,
+) -> Float[Array, "B G Q H d"]:
+    """Attention of completion tokens to their prompt (stored once a group) and to their own member's earlier tokens.
+
+    Query row t stands at completion index `start + t`: Q = C and start = 0 in training, Q = 1 and start = t in decoding.
+    """
+    b, g, rows, h, d = q.shape
+    c, kv = k.shape[2], k.shape[3]
+    p = prompt_k.shape[1]
+    q = q.reshape(b, g, rows, kv, h // kv, d) * d**-0.5
+    in_prompt = jnp.arange(p)[None, :] < length[:, None]
+    causal = jnp.arange(c)[None, :] <= (start + jnp.arange(rows))[:, None]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        members = q.shape[1]
+        to_prompt = jnp.einsum("bgqkrd,bpkd->bkgrqp", q, prompt_k)
+        to_own = jnp.einsum("bgqkrd,bgckd->bkgrqc", q, k)
+        mask = jnp.concatenate(
+            [
+                jnp.broadcast_to(in_prompt[:, None, None, None, None, :], (b, 1, 1, 1, rows, p)),
+                jnp.broadcast_to(causal, (b, 1, 1, 1, rows, c)),
+            ],
+            axis=-1,
+        )
+        weights = _softmax(jnp.concatenate([to_prompt, to_own], axis=-1), mask).astype(v.dtype)
+        out = jnp.einsum("bkgrqp,bpkd->bgqkrd", weights[..., :p], prompt_v)
+        out += jnp.einsum("bkgrqc,bgckd->bgqkrd", weights[..., p:], v)
+        return out.reshape(b, members, rows, h, d)
+
+    members = max(1, QUERY_BLOCK // rows)
+    if members >= g:
+        return attend(q, k, v)
+    # Whole members a block, so that a block's own keys are its own; G is padded up to full blocks.
+    blocks = -(-g // members)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, blocks * members - g)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(b, blocks, members, *x.shape[2:]).swapaxes(0, 1)
+
+    out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)), (split(q), split(k), split(v)))
+    return out.swapaxes(0, 1).reshape(b, blocks * members, rows, h, d)[:, :g]

@@ -1,0 +1,70 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): y = W x + alpha / rank * B (A x)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mllmrec_jax.config import LoraConfig
+
+
+class LoraParam(nnx.Param):
+    """A weight that belongs to an adapter: the type by which `nnx.split` tells adapters from the base."""
+
+
+class LoraScale(nnx.Variable):
+    """alpha / rank: carried with the base, never trained."""
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b) (+ adapter). Weights may carry leading stack axes; a scan over layers slices them off.
+
+    Attributes:
+      kernel: [..., in, out]; bias: [..., out] or None; lora_a: [..., in, rank]; lora_b: [..., rank, out].
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, *, stack: tuple[int, ...], bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (*stack, fan_in, fan_out)
+        self.kernel = nnx.Param((jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, fan_out), dtype)) if bias else None
+        self.lora_a: LoraParam | None = nnx.data(None)
+        self.lora_b: LoraParam | None = nnx.data(None)
+        self.lora_scale: LoraScale | None = nnx.data(None)
+
+    def __call__(self, x: jax.Array, *, adapters: bool) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)
+        if adapters and self.lora_a is not None and self.lora_b is not None and self.lora_scale is not None:
+            low = x @ self.lora_a[...].astype(x.dtype)
+            y += (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale[...].astype(x.dtype)
+        return y
+
+
+def _linears(module: nnx.Module) -> Sequence[tuple[str, Linear]]:
+    return [(str(path[-1]), node) for path, node in nnx.iter_graph(module) if isinstance(node, Linear)]
+
+
+def add_adapters(module: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
+    """Adds float32 adapters in place to the linear layers named in `config.targets`; B starts at 0, so the function is unchanged."""
+    for name, linear in _linears(module):
+        if name not in config.targets:
+            continue
+        *stack, fan_in, fan_out = linear.kernel[...].shape
+        a = jax.random.normal(rngs.params(), (*stack, fan_in, config.rank)) * fan_in**-0.5
+        linear.lora_a = LoraParam(a)
+        linear.lora_b = LoraParam(jnp.zeros((*stack, config.rank, fan_out)))
+        linear.lora_scale = LoraScale(jnp.full(tuple(stack), config.alpha / config.rank, jnp.float32))
+
+
+def merge_adapters(module: nnx.Module) -> None:
+    """Folds adapters into the kernels in place, in float32 before the one rounding to the kernel's dtype, and removes them."""
+    for _, linear in _linears(module):
+        if linear.lora_a is None or linear.lora_b is None or linear.lora_scale is None:
+            continue
+        delta = jnp.matmul(linear.lora_a[...], linear.lora_b[...], precision="highest") * linear.lora_scale[...][..., None, None]
+        linear.kernel[...] = (linear.kernel[...].astype(jnp.float32) + delta).astype(linear.kernel[...].dtype)
+        linear.lora_a = linear.lora_b = linear.lora_scale = None

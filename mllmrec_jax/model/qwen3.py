@@ -1,0 +1,242 @@
+"""Decoder of the Qwen3 family (Qwen2 and Llama by configuration) in Flax NNX, on the group layout.
+
+Used functionally: `graphdef, ... = nnx.split(model, ...)`, and every step merges inside `jax.jit`. Layers are stacked on a leading axis
+and run by `lax.scan`. The reference policy is the same module called with `adapters=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mllmrec_jax.config import ModelConfig
+from mllmrec_jax.data.group_batch import GroupBatch
+from mllmrec_jax.model.attention import attend_group, attend_prompt, rotate
+from mllmrec_jax.model.lora import Linear
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of every layer; of a prompt `[L, B, P, K, d]`, of a group's completions `[L, B, G, C, K, d]`."""
+
+    k: Array
+    v: Array
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467), in float32."""
+
+    def __init__(self, size: int, *, stack: tuple[int, ...], eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention's projections and norms; the attention pattern is the caller's."""
+
+    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
+        inner, kv_inner = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        bias = config.family == "qwen2"
+        self.q_proj = Linear(config.hidden_size, inner, stack=stack, bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, kv_inner, stack=stack, bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, kv_inner, stack=stack, bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(inner, config.hidden_size, stack=stack, bias=False, dtype=dtype, rngs=rngs)
+        normed = config.family == "qwen3"
+        self.q_norm = RMSNorm(config.head_dim, stack=stack, eps=config.norm_eps, dtype=dtype) if normed else None
+        self.k_norm = RMSNorm(config.head_dim, stack=stack, eps=config.norm_eps, dtype=dtype) if normed else None
+        self.head_dim = config.head_dim
+        self.theta, self.scaling = config.rope_theta, config.rope_scaling
+
+    def project(self, x: jax.Array, position: jax.Array, *, adapters: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [..., D] at `position` [...] -> q [..., H, d], k and v [..., K, d]."""
+        q, k, v = (
+            linear(x, adapters=adapters).reshape(*x.shape[:-1], -1, self.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(x, position, theta=self.theta, scaling=self.scaling) for x in (q, k))
+        return q, k, v
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(d, f, stack=stack, bias=False, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(d, f, stack=stack, bias=False, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(f, d, stack=stack, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, adapters: bool) -> jax.Array:
+        gated = jax.nn.silu(self.gate_proj(x, adapters=adapters)) * self.up_proj(x, adapters=adapters)
+        return self.down_proj(gated, adapters=adapters)
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def _drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention = Attention(config, stack=stack, dtype=dtype, rngs=rngs)
+        self.feed_forward = FeedForward(config, stack=stack, dtype=dtype, rngs=rngs)
+        self.attention_norm = RMSNorm(config.hidden_size, stack=stack, eps=config.norm_eps, dtype=dtype)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, stack=stack, eps=config.norm_eps, dtype=dtype)
+        self.dropout = config.dropout
+
+    def __call__(
+        self, x: jax.Array, position: jax.Array, attend: Attend, *, adapters: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D], `attend(q, k, v)` -> ([B, T, H, d], what it keeps)."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        with jax.named_scope("attention"):
+            q, k, v = self.attention.project(self.attention_norm(x), position, adapters=adapters)
+            mixed, kept = attend(q, k, v)
+            mixed = mixed.reshape(*x.shape[:-1], -1)
+            x = x + _drop(self.attention.o_proj(mixed, adapters=adapters), keys[0], self.dropout)
+        with jax.named_scope("feed_forward"):
+            out = self.feed_forward(self.feed_forward_norm(x), adapters=adapters)
+            return x + _drop(out, keys[1], self.dropout), kept
+
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+class Decoder(nnx.Module):
+    """Token ids in, hidden states out. The head is applied by the log-prob operation, which never holds tokens x vocabulary."""
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.param_dtype)
+        scale = config.hidden_size**-0.5
+        self.config = config
+        self.vocab_size = vocab_size
+        self.embedding = nnx.Param((jax.random.normal(rngs.params(), (vocab_size, config.hidden_size)) * scale).astype(dtype))
+        self.layers = Layer(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, stack=(), eps=config.norm_eps, dtype=dtype)
+        head = None if config.tie_embeddings else jax.random.normal(rngs.params(), (vocab_size, config.hidden_size)) * scale
+        self.head = None if head is None else nnx.Param(head.astype(dtype))
+
+    @property
+    def head_weight(self) -> jax.Array:
+        """[V, D], in the compute dtype."""
+        weight = self.embedding if self.head is None else self.head
+        return weight[...].astype(self.config.dtype)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        with jax.named_scope("embed"):
+            return self.embedding[...][tokens].astype(self.config.dtype)
+
+    def _run_layers(
+        self,
+        x: jax.Array,
+        position: jax.Array,
+        attend: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+        *,
+        adapters: bool,
+        per_layer: Any = None,
+        dropout_key: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """Scans the stacked layers; `attend` gets its layer's slice of `per_layer` first. Returns x and the stacked kept values."""
+        graphdef, stacked = nnx.split(self.layers)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
+
+        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+            state, own, key = scanned
+            layer = nnx.merge(graphdef, state)
+            return layer(x, position, lambda q, k, v: attend(own, q, k, v), adapters=adapters, key=key)
+
+        if remat and self.config.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        with jax.named_scope("layers"):
+            return jax.lax.scan(body, x, (stacked, per_layer, keys))
+
+    def encode_group(
+        self, batch: GroupBatch, *, adapters: bool = True, dropout_key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B P D"], Float[Array, "B G C D"]]:
+        """Hidden states of every prompt and completion token, each prompt computed once for its G completions.
+
+        Prompt and completion tokens of a row share one token axis of P + G C, so that each layer's weights are read once for all.
+        """
+        b, p = batch.prompt.shape
+        g, c = batch.completion.shape[1:]
+        tokens = jnp.concatenate([batch.prompt, batch.completion.reshape(b, g * c)], axis=1)
+        offsets = jnp.tile(jnp.arange(c), g)
+        position = jnp.concatenate([jnp.broadcast_to(jnp.arange(p), (b, p)), batch.prompt_length[:, None] + offsets], axis=1)
+
+        def attend(_: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            (q_p, q_c), (k_p, k_c), (v_p, v_c) = ((x[:, :p], x[:, p:].reshape(b, g, c, *x.shape[2:])) for x in (q, k, v))
+            prompt = attend_prompt(q_p, k_p, v_p)
+            own = attend_group(q_c, k_c, v_c, k_p, v_p, batch.prompt_length)
+            return jnp.concatenate([prompt, own.reshape(b, g * c, *own.shape[3:])], axis=1), None
+
+        x, _ = self._run_layers(self._embed(tokens), position, attend, adapters=adapters, dropout_key=dropout_key, remat=True)
+        x = self.norm(x)
+        return x[:, :p], x[:, p:].reshape(b, g, c, -1)
+
+    def prefill(
+        self, prompt: Int[Array, "B P"], prompt_length: Int[Array, " B"], *, adapters: bool = True
+    ) -> tuple[Float[Array, "B D"], KeyValues]:
+        """Hidden state of each prompt's last token, and the prompt's keys and values."""
+        b, p = prompt.shape
+
+        def attend(_: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValues]:
+            return attend_prompt(q, k, v), KeyValues(k, v)
+
+        position = jnp.broadcast_to(jnp.arange(p), (b, p))
+        x, cache = self._run_layers(self._embed(prompt), position, attend, adapters=adapters)
+        last = jnp.take_along_axis(x, (prompt_length - 1)[:, None, None], axis=1)[:, 0]
+        return self.norm(last), cache
+
+    def decode(
+        self,
+        token: Int[Array, "B G"],
+        index: Int[Array, ""],
+        prompt_length: Int[Array, " B"],
+        prompt_cache: KeyValues,
+        cache: KeyValues,
+        *,
+        adapters: bool = True,
+    ) -> tuple[Float[Array, "B G D"], KeyValues]:
+        """One decoding step: completion token number `index` of all members in, its hidden state and the grown cache out."""
+        b, g = token.shape
+        position = jnp.broadcast_to((prompt_length + index)[:, None], (b, g))
+
+        def attend(own: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValues]:
+            prompt, cached = own
+            grown = KeyValues(
+                *(jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None], index, axis=2) for old, new in zip(cached, (k, v), strict=True))
+            )
+            mixed = attend_group(q[:, :, None], grown.k, grown.v, prompt.k, prompt.v, prompt_length, start=index)
+            return mixed[:, :, 0], grown
+
+        x, cache = self._run_layers(self._embed(token), position, attend, adapters=adapters, per_layer=(prompt_cache, cache))
+        return self.norm(x), cache
+
+
+def predicting_states(
+    prompt_hidden: Float[Array, "B P D"], completion_hidden: Float[Array, "B G C D"], prompt_length: Int[Array, " B"]
+) -> Float[Array, "B G C D"]:
+    """The hidden state that predicts each completion token: the last prompt token's for the first, then the token before."""
+    last = jnp.take_along_axis(prompt_hidden, (prompt_length - 1)[:, None, None], axis=1)
+    first = jnp.broadcast_to(last[:, None], (*completion_hidden.shape[:2], 1, completion_hidden.shape[-1]))
+    return jnp.concatenate([first, completion_hidden[:, :, :-1]], axis=2)

@@ -1,0 +1,292 @@
+"""The main job: prepare, SFT, GRPO, evaluation before and after, report. Every stage finds what earlier stages left in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mllmrec_jax.baselines.covisitation import score_covisitation
+from mllmrec_jax.baselines.popularity import score_popularity
+from mllmrec_jax.checkpoint import Checkpoints
+from mllmrec_jax.config import ConfigError, RunConfig, fingerprint
+from mllmrec_jax.data.candidates import locate_targets
+from mllmrec_jax.data.loader import iterate_all
+from mllmrec_jax.data.posterworld import build_world, oracle_scores
+from mllmrec_jax.data.records import Item
+from mllmrec_jax.data.splits import full_pasts
+from mllmrec_jax.evaluate.protocol import RankedModel, compare_models, rank_models, score_shards, tabulate_metrics
+from mllmrec_jax.evaluate.report import CandidateView, ExampleView, ItemView, build_report, write_report
+from mllmrec_jax.generate.rollout import check_positions, make_keys
+from mllmrec_jax.model.hf_config import read_model_config
+from mllmrec_jax.model.hf_weights import export_weights, load_weights, weights_hash
+from mllmrec_jax.model.lora import add_adapters, merge_adapters
+from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.model.vocabulary import set_item_rows
+from mllmrec_jax.prepare import Prepared, TestLists, prepare_data
+from mllmrec_jax.prompts import sanitise_text
+from mllmrec_jax.provenance import write_provenance
+from mllmrec_jax.train.grpo_loop import make_rollout, run_grpo
+from mllmrec_jax.train.metrics_log import read_metrics
+from mllmrec_jax.train.sft_loop import run_sft
+from mllmrec_jax.train.state import Policy, TrainState, init_state, make_optimizer, split_policy
+
+
+class RunFolderError(RuntimeError):
+    """A run folder that is in the way, or that lacks what a stage needs."""
+
+
+def open_run_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:
+    """`output`/`name`, refused where it holds another run's results and neither flag says what to do with them."""
+    folder = config.output / config.name
+    if folder.exists() and any(folder.iterdir()):
+        if overwrite:
+            shutil.rmtree(folder)
+        elif not resume:
+            raise RunFolderError(f"{folder}: holds a run already; go on with --resume, start over with --overwrite, or choose another --name")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def make_base_model(config: RunConfig, prepared: Prepared) -> Decoder:
+    """The model before SFT: read from `model.weights`, or random.
+
+    Raises:
+      ConfigError: the model's vocabulary is smaller than the tokenizer's, or prompts are longer than the model takes.
+    """
+    tokenizer, model = prepared.tokenizer, config.model
+    if model.weights is None:
+        decoder = Decoder(model, vocab_size=tokenizer.vocab_size, rngs=nnx.Rngs(config.seed))
+    else:
+        sizes, vocab_size = read_model_config(model.weights, model)
+        first_item = tokenizer.item_range[0] if tokenizer.item_range else tokenizer.vocab_size
+        if vocab_size < first_item:
+            raise ConfigError(
+                f"{model.weights}: the model's vocabulary has {vocab_size} rows, expected at least the tokenizer's {first_item} tokens; "
+                "use the tokenizer that belongs to these weights"
+            )
+        decoder = load_weights(model.weights, sizes, min_vocab_size=tokenizer.vocab_size, seed=config.seed)
+        if tokenizer.item_range:
+            texts = [tokenizer.encode_text(f"[ITEM_{id_}] {sanitise_text(prepared.dataset.items[id_].title)}") for id_ in sorted(prepared.dataset.items)]
+            set_item_rows(decoder, tokenizer.item_range[0], texts)
+    longest = max(int(shards.prompt_length.max()) for shards in (prepared.sft, prepared.grpo, prepared.test.shards))
+    check_positions(longest, int(prepared.sft.get_shape("answer")[1]), decoder.config.max_position)
+    return decoder
+
+
+def sft_policy(config: RunConfig, prepared: Prepared) -> Policy:
+    """The base model split for SFT, with fresh adapters in lora mode."""
+    model = make_base_model(config, prepared)
+    if config.sft.mode == "lora":
+        add_adapters(model, config.sft.lora, rngs=nnx.Rngs(config.seed + 1))
+    return split_policy(model, config.sft.mode)
+
+
+def grpo_policy(config: RunConfig, sft: Policy, trained: Any) -> Policy:
+    """SFT's result as GRPO's base: its adapter is merged in memory and a new one goes on top."""
+    # The copy keeps the trained arrays apart from the model that is changed in place.
+    model = nnx.merge(sft.graphdef, jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, sft.frozen))
+    merge_adapters(model)
+    dtype = jnp.dtype(config.model.param_dtype)
+    for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        parameter.set_value(parameter[...].astype(dtype))
+    if config.grpo.mode == "lora":
+        add_adapters(model, config.grpo.lora, rngs=nnx.Rngs(config.seed + 2))
+    return split_policy(model, config.grpo.mode)
+
+
+def _identity(config: RunConfig, stage: str, policy: Policy, shards: Any) -> dict[str, Any]:
+    """What a checkpoint of `stage` belongs to."""
+    frozen = nnx.filter_state(policy.frozen, nnx.Param)
+    return {
+        "stage": stage,
+        "config": fingerprint(getattr(config, stage), config.model, config.logprob, config.seed, list(config.loader.buckets)),
+        "data": fingerprint(shards.manifest["provenance"]),
+        "base_weights": weights_hash(frozen) if jax.tree.leaves(frozen) else "all weights are trained",
+    }
+
+
+@dataclasses.dataclass
+class Run:
+    """One run folder, its prepared data, and the weights of the stages done so far."""
+
+    config: RunConfig
+    folder: Path
+    prepared: Prepared
+    provenance: dict[str, Any]
+
+    def sft(self, *, resume: bool) -> tuple[Policy, Any]:
+        """Runs (or finishes, or finds finished) SFT; returns its policy and trained weights."""
+        policy = sft_policy(self.config, self.prepared)
+        identity = _identity(self.config, "sft", policy, self.prepared.sft)
+        trained, _ = run_sft(self.config, policy, self.prepared.sft, folder=self.folder, identity=identity, resume=resume)
+        return policy, trained
+
+    def load_sft(self) -> tuple[Policy, Any]:
+        """The trained weights of a finished SFT stage.
+
+        Raises:
+          CheckpointError: there is none in this folder.
+        """
+        policy = sft_policy(self.config, self.prepared)
+        checkpoints = Checkpoints(self.folder / "checkpoints" / "sft", _identity(self.config, "sft", policy, self.prepared.sft))
+        like = init_state(policy.trained, make_optimizer(self.config.sft.optimizer, 1))
+        return policy, TrainState(*checkpoints.restore(tuple(like))[1]).trained
+
+    def load_policies(self) -> dict[str, tuple[Policy, Any]]:
+        """The finished stages of this folder: SFT, and GRPO where it is there."""
+        sft, sft_trained = self.load_sft()
+        policies = {"sft": (sft, sft_trained)}
+        policy = grpo_policy(self.config, sft, sft_trained)
+        checkpoints = Checkpoints(self.folder / "checkpoints" / "grpo", _identity(self.config, "grpo", policy, self.prepared.grpo))
+        if checkpoints.latest_step is not None:
+            like = init_state(policy.trained, make_optimizer(self.config.grpo.optimizer, 1))
+            policies["grpo"] = (policy, TrainState(*checkpoints.restore(tuple(like))[1]).trained)
+        return policies
+
+    def grpo(self, sft: Policy, sft_trained: Any, *, resume: bool) -> tuple[Policy, Any]:
+        """Runs (or finishes, or finds finished) GRPO on SFT's result; returns its policy and trained weights."""
+        policy = grpo_policy(self.config, sft, sft_trained)
+        shown = self.config.prompt.max_title_chars
+        titles = {item.id: sanitise_text(item.title, shown) for item in self.prepared.dataset.items.values()}
+        trained, _ = run_grpo(
+            self.config,
+            policy,
+            self.prepared.grpo,
+            self.prepared.tokenizer,
+            titles,
+            folder=self.folder,
+            identity=_identity(self.config, "grpo", policy, self.prepared.grpo),
+            resume=resume,
+        )
+        return policy, trained
+
+    def floor_scores(self, lists: TestLists) -> dict[str, np.ndarray]:
+        """Scores of everything that needs no language model, on the same lists."""
+        prepared, histories = self.prepared, [window.history for window in lists.windows]
+        scores = {
+            "popularity": score_popularity(prepared.splits.train_histories, lists.candidates),
+            "covisitation": score_covisitation(prepared.splits.train_histories, histories, lists.candidates),
+        }
+        if self.config.data.source == "posterworld":
+            world = build_world(self.config.data.posterworld)
+            scores["oracle"] = oracle_scores(world, full_pasts(lists.windows, prepared.dataset), lists.candidates)
+        return scores
+
+    def report(self, policies: dict[str, tuple[Policy, Any]]) -> dict[str, Any]:
+        """Ranks with every policy and floor, and writes `report.json` and `report.html`."""
+        config, prepared = self.config, self.prepared
+        tables: list[dict[str, Any]] = []
+        ranked: list[dict[str, RankedModel]] = []
+        for label, lists in (("", prepared.test), (", popularity negatives", prepared.test_popularity)):
+            scores = {
+                name: score_shards(policy, trained, lists.shards, config, description=f"rank with {name}{label}")
+                for name, (policy, trained) in policies.items()
+            }
+            count = min(len(lists.windows), config.evaluate.max_users or len(lists.windows))
+            floors = {name: values[:count] for name, values in self.floor_scores(lists).items()}
+            target = locate_targets(lists.windows, lists.candidates)[:count]
+            ranked.append(rank_models({**floors, **scores}, target))
+            tables.append(tabulate_metrics(ranked[-1], config.evaluate))
+        pairs = [("grpo", "sft"), ("grpo", "covisitation"), ("grpo", "popularity"), ("sft", "covisitation"), ("sft", "popularity")]
+        report = build_report(
+            name=config.name,
+            metrics=tables[0],
+            metrics_popularity_negatives=tables[1],
+            comparisons=compare_models(ranked[0], pairs, config.evaluate),
+            curves={stage: read_metrics(self.folder / f"{stage}.jsonl") for stage in ("sft", "grpo")},
+            examples=self._examples(policies, ranked[0]),
+            provenance=self.provenance,
+            notes=list(prepared.notes),
+        )
+        write_report(self.folder, report)
+        return report
+
+    def _examples(self, policies: dict[str, tuple[Policy, Any]], ranked: dict[str, RankedModel]) -> list[ExampleView]:
+        config, prepared, lists = self.config, self.prepared, self.prepared.test
+        count = min(config.evaluate.examples, len(next(iter(ranked.values())).scores))
+        if not count:
+            return []
+        # Evenly spread over the test users, so that the choice does not depend on the outcome.
+        rows = np.linspace(0, len(next(iter(ranked.values())).scores) - 1, count).astype(np.int64)
+        answers = {name: self._sample_answers(policy, trained, rows) for name, (policy, trained) in policies.items()}
+        prompts = lists.shards.read_rows(rows)
+        views = []
+        for place, row in enumerate(rows):
+            window = lists.windows[row]
+            candidates = tuple(
+                CandidateView(
+                    _view(prepared.dataset.items[int(item)]),
+                    *(float(ranked[name].scores[row, column]) if name in ranked else None for name in ("sft", "grpo")),
+                    is_target=int(item) == window.target,
+                )
+                for column, item in enumerate(lists.candidates[row])
+            )
+            ranks = {name: float(ranked[name].ranks.average[row]) for name in policies}
+            prompt = prompts["prompt"][place][: prompts["prompt_length"][place]]
+            views.append(
+                ExampleView(
+                    user=window.user,
+                    history=tuple(_view(prepared.dataset.items[item]) for item in window.history),
+                    candidates=candidates,
+                    prompt=prepared.tokenizer.decode(prompt, keep_stops=True),
+                    sft_answers=answers.get("sft", [()] * count)[place],
+                    grpo_answers=answers.get("grpo", [()] * count)[place],
+                    sft_rank=ranks.get("sft"),
+                    grpo_rank=ranks.get("grpo"),
+                )
+            )
+        return views
+
+    def _sample_answers(self, policy: Policy, trained: Any, rows: np.ndarray, *, answers: int = 4) -> list[tuple[str, ...]]:
+        """A few sampled answers for each of the test rows, at GRPO's temperature."""
+        config, tokenizer = self.config, self.prepared.tokenizer
+        rollout = make_rollout(policy, config.grpo, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+        texts: list[tuple[str, ...]] = []
+        for batch in iterate_all(self.prepared.test.shards, batch_size=len(rows), rows=rows):
+            keys = make_keys(config.seed, 0, jnp.asarray(batch.row), answers)
+            sampled = rollout(trained, policy.frozen, batch.prompt, batch.prompt_length, keys)
+            for group, lengths in zip(np.asarray(sampled.completion), np.asarray(sampled.completion_length), strict=True):
+                texts.append(tuple(tokenizer.decode(row[:length]) for row, length in zip(group, lengths, strict=True)))
+        return texts
+
+
+def _view(item: Item) -> ItemView:
+    return ItemView(item.id, item.title, None if item.image is None else Path(item.image).absolute(), item.caption)
+
+
+def open_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> Run:
+    """Opens the run folder, writes what is known of the run, and prepares its data."""
+    folder = open_run_folder(config, resume=resume, overwrite=overwrite)
+    provenance = write_provenance(folder, config)
+    print(f"run folder {folder}; log-prob implementation: {config.logprob.implementation}; device: {provenance['device']['kind']}")
+    return Run(config, folder, prepare_data(config), provenance)
+
+
+def export_stage(run: Run, stage: str, folder: Path) -> None:
+    """Writes a finished stage as a Hugging Face folder, adapters merged, tokenizer not included.
+
+    Raises:
+      RunFolderError: the stage is not there.
+    """
+    policies = run.load_policies()
+    if stage not in policies:
+        raise RunFolderError(f"{run.folder}: expected a finished {stage} stage, found {', '.join(policies)}; run `mllmrec {stage}` first")
+    policy, trained = policies[stage]
+    model = nnx.merge(policy.graphdef, jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, policy.frozen))
+    merge_adapters(model)
+    export_weights(model, folder, stop_ids=run.prepared.tokenizer.stop_ids)
+
+
+def run_all(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Prepare, SFT, GRPO, evaluation before and after; returns the content of `report.json`."""
+    run = open_run(config, resume=resume, overwrite=overwrite)
+    sft, sft_trained = run.sft(resume=resume)
+    grpo, grpo_trained = run.grpo(sft, sft_trained, resume=resume)
+    return run.report({"sft": (sft, sft_trained), "grpo": (grpo, grpo_trained)})

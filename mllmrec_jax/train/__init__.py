@@ -1,0 +1,1 @@
+"""State, SFT step, GRPO step, loops."""

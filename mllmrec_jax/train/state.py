@@ -1,0 +1,97 @@
+"""What a step reads and writes: trained weights, optimizer state, and the frozen rest."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int
+
+from mllmrec_jax.config import OptimizerConfig
+from mllmrec_jax.model.lora import LoraParam
+from mllmrec_jax.model.qwen3 import Decoder
+
+
+class TrainState(NamedTuple):
+    """Donated to and returned by every step."""
+
+    trained: Any
+    """Pytree of float32 weights: the adapters, or all weights in full mode."""
+    opt_state: Any
+    step: Int[Array, ""]
+    """Optimizer steps done."""
+
+
+class Policy(NamedTuple):
+    """A model split for functional use: `nnx.merge(graphdef, trained, frozen)` is the policy."""
+
+    graphdef: Any
+    trained: Any
+    frozen: Any
+
+
+def split_policy(model: Decoder, mode: Literal["lora", "full"]) -> Policy:
+    """Splits into trained and frozen parts; in full mode every weight is trained, in float32."""
+    if mode == "lora":
+        graphdef, trained, frozen = nnx.split(model, LoraParam, ...)
+        if not jax.tree.leaves(trained):
+            raise ValueError("model: must carry adapters in lora mode, had none; call add_adapters first")
+    else:
+        graphdef, trained, frozen = nnx.split(model, nnx.Param, ...)
+    return Policy(graphdef, jax.tree.map(lambda x: x.astype(jnp.float32), trained), frozen)
+
+
+def merge_policy(policy: Policy, trained: Any | None = None) -> Decoder:
+    """The policy as a module, inside or outside `jit`, with other trained weights where given."""
+    return nnx.merge(policy.graphdef, policy.trained if trained is None else trained, policy.frozen)
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then constant, linear or cosine decay to `final_fraction` of it at `total_steps`."""
+    peak, last = config.learning_rate, config.learning_rate * config.final_fraction
+    decay_steps = max(1, total_steps - config.warmup_steps)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, last, decay_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction),
+    }[config.schedule]()
+    if not config.warmup_steps:
+        return after
+    # The first step already learns: warm-up runs from peak / (n + 1) to the peak.
+    warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) behind global-norm clipping; weight decay reaches matrices only, never norms or biases."""
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda x: x.shape[-1] > 1 and x.ndim >= 2 and min(x.shape[-2:]) > 1, params)
+
+    steps = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    adamw = optax.adamw(
+        make_schedule(config, total_steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=matrices
+    )
+    return optax.chain(*steps, adamw)
+
+
+def init_state(trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state; `trained` is copied, since steps donate their state."""
+    trained = jax.tree.map(jnp.copy, trained)
+    return TrainState(trained, optimizer.init(trained), jnp.int32(0))
+
+
+def apply_gradients(
+    state: TrainState, grads: Any, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Array]:
+    """One optimizer step; also returns the gradient's global norm before clipping.
+
+    A gradient that is not finite leaves weights and optimizer as they were: the caller sees the norm and stops with the cause.
+    """
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    new = TrainState(optax.apply_updates(state.trained, updates), opt_state, state.step + 1)
+    return jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, state), norm

@@ -1,0 +1,190 @@
+"""Times one GRPO step of Hugging Face TRL's GRPOTrainer on the work of configs/bench/peer_tiny.toml.
+
+    profiling/peers/make_env.sh trl ENV
+    ENV/bin/python profiling/peers/trl_step.py --steps 10 --json FILE
+
+Generation, reference log-probs, loss, backward and optimizer are TRL's own; this file builds a random Qwen3 and a tokenizer, and
+holds the clocks. README.md beside it lists what had to be arranged and which settings were tried.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peer_work import CONFIG, LORA_TARGETS, PeerWork, check_config, emit_row, make_parser, make_prompts, make_row
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+PAD_ID, END_ID, FIRST_ID = 0, 1, 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def make_tokenizer(work: PeerWork) -> PreTrainedTokenizerFast:
+    """A tokenizer of `vocab_size` entries: two special tokens, and whole words `t2`, `t3` ... split at spaces: n words are n tokens."""
+    names = {"<pad>": PAD_ID, "<end>": END_ID} | {f"t{i}": i for i in range(FIRST_ID, work.vocab_size)}
+    words = Tokenizer(models.WordLevel(names, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", padding_side="left")
+
+
+def make_model(work: PeerWork, *, dtype: torch.dtype, attention: str) -> Qwen3ForCausalLM:
+    """A Qwen3 of the given sizes with random weights."""
+    config = Qwen3Config(
+        vocab_size=work.vocab_size,
+        hidden_size=work.hidden_size,
+        intermediate_size=work.intermediate_size,
+        num_hidden_layers=work.num_layers,
+        num_attention_heads=work.num_heads,
+        num_key_value_heads=work.num_kv_heads,
+        head_dim=work.head_dim,
+        max_position_embeddings=work.prompt_tokens + work.max_new_tokens,
+        rms_norm_eps=work.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": work.rope_theta},
+        tie_word_embeddings=True,
+        attn_implementation=attention,
+        bos_token_id=None,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(config).to(dtype)
+
+
+class TimedTrainer(GRPOTrainer):
+    """GRPOTrainer with a clock around its generation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.generate_s: list[float] = []
+        self.lengths: set[int] = set()
+        super().__init__(*args, **kwargs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        output = super()._generate_single_turn(*args, **kwargs)
+        self.generate_s.append(time.perf_counter() - start)
+        self.lengths.update(len(completion) for completion in output[0])
+        return output
+
+
+class StepClock(TrainerCallback):
+    """Seconds from the end of one optimizer step to the end of the next (the first: from the start of training)."""
+
+    def __init__(self) -> None:
+        self.step_s: list[float] = []
+        self.cpu_s: list[float] = []
+        self._last = (0.0, 0.0)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._last = (time.perf_counter(), time.process_time())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = (time.perf_counter(), time.process_time())
+        self.step_s.append(now[0] - self._last[0])
+        self.cpu_s.append(now[1] - self._last[1])
+        self._last = now
+
+
+def main() -> None:
+    """Runs warm-up and measured steps and emits the row."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="dtype of weights and activations")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="attention of the transformers model")
+    parser.add_argument("--micro-batch", type=int, default=4, help="completions a backward pass; 16 is the whole batch")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model in training (TrainingArguments.torch_compile)")
+    parser.add_argument("--cache", default=None, help="GRPOConfig.cache_implementation, for example static")
+    args = parser.parse_args()
+
+    work = PeerWork()
+    if CONFIG.exists():
+        check_config(work)
+    completions = work.prompts * work.group_size
+    steps = args.warmup + args.steps
+    tokenizer = make_tokenizer(work)
+    prompts = make_prompts(work, steps, first_id=FIRST_ID).reshape(-1, work.prompt_tokens)
+    texts = [" ".join(f"t{token}" for token in prompt) for prompt in prompts]
+    if tokenizer(texts[0])["input_ids"] != prompts[0].tolist():
+        raise ValueError("tokenizer: expected the prompt's own ids back, got others; a prompt would not have the length it should")
+    rng = np.random.default_rng(0)
+
+    def random_reward(completions: list[str], **kwargs: Any) -> list[float]:
+        return rng.normal(size=len(completions)).tolist()
+
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            max_steps=steps,
+            per_device_train_batch_size=args.micro_batch,
+            gradient_accumulation_steps=completions // args.micro_batch,
+            num_generations=work.group_size,
+            num_iterations=1,
+            max_completion_length=work.max_new_tokens,
+            generation_kwargs={"min_new_tokens": work.max_new_tokens},
+            temperature=work.temperature,
+            top_p=work.top_p,
+            top_k=0,
+            beta=work.beta,
+            loss_type="grpo",
+            scale_rewards="none",
+            cache_implementation=args.cache,
+            learning_rate=work.learning_rate,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            max_grad_norm=work.max_grad_norm,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            torch_compile=args.compile,
+        )
+        trainer = TimedTrainer(
+            model=make_model(work, dtype=DTYPES[args.dtype], attention=args.attention),
+            reward_funcs=random_reward,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=work.lora_rank, lora_alpha=work.lora_alpha, lora_dropout=0.0, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
+            ),
+            callbacks=[clock],
+        )
+        trainer.train()
+    if trainer.lengths != {work.max_new_tokens}:
+        raise ValueError(f"generation: expected completions of {work.max_new_tokens} tokens, got lengths {sorted(trainer.lengths)}")
+
+    settings = {key: getattr(args, key) for key in ("dtype", "attention", "micro_batch", "compile", "cache")}
+    settings |= {"gradient_checkpointing": "non-reentrant", "optimizer": "adamw_torch_fused", "threads": torch.get_num_threads()}
+    settings["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    packages = ("trl", "transformers", "peft", "accelerate", "torch")
+    row = make_row(
+        "trl",
+        work,
+        settings,
+        packages,
+        step_s=clock.step_s,
+        generate_s=trainer.generate_s,
+        cpu_s=clock.cpu_s,
+        warmup=args.warmup,
+    )
+    emit_row(row, args.json)
+
+
+if __name__ == "__main__":
+    main()

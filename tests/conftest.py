@@ -1,0 +1,40 @@
+"""Runs before any test module is imported: the environment JAX reads, and shape checks of annotated functions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# JAX reads these once, when it is imported. Tests run on the CPU unless told otherwise.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Nothing is downloaded in a test.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jaxtyping
+
+# Shapes and dtypes of annotated arguments and results are checked at run time, in tests only, in the rooms that handle arrays.
+SHAPE_CHECKED = (
+    "mllmrec_jax.data.group_batch",
+    "mllmrec_jax.model",
+    "mllmrec_jax.generate",
+    "mllmrec_jax.rewards",
+    "mllmrec_jax.objectives",
+    "mllmrec_jax.train",
+    "mllmrec_kernels",
+)
+_ = jaxtyping.install_import_hook(SHAPE_CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the public data sets (MLLMREC_SHARED_DATA, else ../shared/data beside the clone); skips where there is none."""
+    folder = Path(os.environ.get("MLLMREC_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}; set MLLMREC_SHARED_DATA")
+    return folder
