@@ -174,7 +174,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Whether the output head is the embedding table."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of residual-branch values dropped in SFT (never in GRPO, rollout or ranking)."""
+    """Share of embedding and residual-branch values dropped in SFT (never in GRPO, rollout or ranking)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of activations."""
     param_dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -28,6 +28,7 @@ from mllmrec_jax.progress import track
 
 # Bytes of a source tensor that are in memory beside their destination at a time.
 READ_BYTES = 4 * 2**20
+ALIGNMENT = 64  # bytes
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 _FIXED_NAMES = {("embedding",): "model.embed_tokens.weight", ("norm", "weight"): "model.norm.weight", ("head",): "lm_head.weight"}
@@ -66,7 +67,7 @@ def _name_tensors(path: ParameterPath, num_layers: int) -> list[str]:
 
 
 def _flat_parameters(model: nnx.Module | Mapping[Any, Any]) -> dict[ParameterPath, Any]:
-    state = nnx.state(model) if isinstance(model, nnx.Module) else model
+    state: Any = nnx.state(model) if isinstance(model, nnx.Module) else model
     return {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
@@ -147,6 +148,14 @@ def _copy_tensor(stored: _Stored, destination: np.ndarray) -> None:
         destination[rows] = block
 
 
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array, aligned so that `jax.device_put` on the CPU takes its memory over instead of copying it."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def _add_rows(table: np.ndarray, known: int, seed: int) -> None:
     """Fills rows `known`.. of an embedding table from a normal distribution with the known rows' mean and deviation by column.
 
@@ -202,16 +211,16 @@ def load_weights(folder: Path, config: ModelConfig, *, min_vocab_size: int = 0, 
     with _open_tensors(folder) as tensors:
         _check_names(folder, tensors, [name for group in names.values() for name in group], tied=config.tie_embeddings)
         for path, variable in track(parameters, description=f"load {folder.name}", unit="parameter"):
-            buffer = np.empty(variable.shape, variable.dtype)
+            buffer = _allocate(variable.shape, np.dtype(variable.dtype))
             if path in (("embedding",), ("head",)):
                 _copy_tensor(tensors[names[path][0]], buffer[:stored_vocab])
                 _add_rows(buffer, stored_vocab, seed)
             elif path in _FIXED_NAMES:
                 _copy_tensor(tensors[names[path][0]], buffer)
             else:
-                for name, layer in zip(names[path], buffer, strict=True):
-                    _copy_tensor(tensors[name], layer.T)  # [out, in]; a vector is its own transpose
-            variable.set_value(jnp.asarray(buffer))
+                for layer, name in enumerate(names[path]):
+                    _copy_tensor(tensors[name], buffer[layer, ...].T)  # [out, in]; a vector is its own transpose
+            variable.set_value(jax.device_put(buffer))
             del buffer
     return nnx.merge(graphdef, abstract)
 

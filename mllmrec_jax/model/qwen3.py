@@ -87,7 +87,9 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 def _drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
     if key is None or rate == 0.0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    # The barrier makes the mask once: without it XLA's CPU backend draws the random bits again in every fusion that reads them.
+    keep = jax.lax.optimization_barrier(jax.random.bernoulli(key, 1 - rate, x.shape))
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 class Layer(nnx.Module):
@@ -189,7 +191,9 @@ class Decoder(nnx.Module):
             own = attend_group(q_c, k_c, v_c, k_p, v_p, batch.prompt_length)
             return jnp.concatenate([prompt, own.reshape(b, g * c, *own.shape[3:])], axis=1), None
 
-        x, _ = self._run_layers(self._embed(tokens), position, attend, adapters=adapters, dropout_key=dropout_key, remat=True)
+        embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = _drop(self._embed(tokens), embed_key, self.config.dropout)
+        x, _ = self._run_layers(x, position, attend, adapters=adapters, dropout_key=layers_key, remat=True)
         x = self.norm(x)
         return x[:, :p], x[:, p:].reshape(b, g, c, -1)
 

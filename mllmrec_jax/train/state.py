@@ -91,7 +91,7 @@ def apply_gradients(
 
     A gradient that is not finite leaves weights and optimizer as they were: the caller sees the norm and stops with the cause.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
     new = TrainState(optax.apply_updates(state.trained, updates), opt_state, state.step + 1)
     return jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, state), norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,20 @@ def test_real_titles(shared_data: Path, tmp_path: Path) -> None:
         parse_answer(tokenizer.decode(row[:length])) for row, length in zip(examples.item_answer, examples.item_answer_length, strict=True)
     ]
     assert [(answer.item_id, answer.title) for answer in answers if answer] == [(item.id, sanitise_text(item.title)) for item in items]
+
+
+def test_documented_example(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "shard-format.md").read_text(encoding="utf-8")
+    page = " ".join(page.split())
+    items = [Item(number, f"t{number}") for number in (10, 20, 30, 40, 50)]
+    dataset = make_dataset("documented", items, [History(7, (10, 20, 30)), History(8, (20, 50))])
+    windows = [Window(7, (10, 20), 30, 2), Window(8, (20,), 50, 1)]
+    candidate_set = CandidateSet(np.array([[30, 50, 40], [10, 30, 50]]), "c0")
+    texts = list_training_texts(dataset, BARE, item_tokens=True)
+    tokenizer = load_tokenizer(TokenizerConfig(vocab_size=320), item_ids=dataset.items, texts=texts, cache=tmp_path)
+    examples = tokenise_windows(windows, candidate_set, dataset, tokenizer, BARE, part="train")
+    for name in ("prompt", "history_mask", "answer", "candidates"):
+        first, second = (" ".join(map(str, row)) for row in getattr(examples, name).tolist())
+        assert re.search(rf" {name} {first} [^|`]*?{second} ", page), name
+    for name in ("prompt_length", "target", "user", "item_id"):
+        assert f" {name} {', '.join(map(str, getattr(examples, name).tolist()))} " in page, name

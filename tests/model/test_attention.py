@@ -17,8 +17,8 @@ THETA = 1000.0
 
 
 def draw(seed: int, *shapes: tuple[int, ...], scale: float = 1.0) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return [scale * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(scale * rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
 def attend_one(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -31,8 +31,8 @@ def attend_one(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 def test_prompt_attention_is_causal_softmax(heads: int, kv_heads: int) -> None:
     b, p, d = 2, 5, 6
-    q, k, v = map(np.asarray, draw(0, (b, p, heads, d), (b, p, kv_heads, d), (b, p, kv_heads, d), scale=2.0))
-    got = np.asarray(attend_prompt(jnp.array(q), jnp.array(k), jnp.array(v)))
+    q, k, v = map(np.asarray, draw(0, (b, p, heads, d), (b, p, kv_heads, d), (b, p, kv_heads, d)))
+    got = np.asarray(jax.jit(attend_prompt)(q, k, v))
     for row, t, h in np.ndindex(b, p, heads):
         shared = h // (heads // kv_heads)
         expected = attend_one(q[row, t, h], k[row, : t + 1, shared], v[row, : t + 1, shared])
@@ -43,9 +43,9 @@ def test_prompt_attention_is_causal_softmax(heads: int, kv_heads: int) -> None:
 def test_group_attention_is_softmax_over_prompt_and_own_past(heads: int, kv_heads: int) -> None:
     b, g, c, p, d = 2, 3, 4, 5, 6
     kv = (b, g, c, kv_heads, d), (b, g, c, kv_heads, d), (b, p, kv_heads, d), (b, p, kv_heads, d)
-    arrays = draw(1, (b, g, c, heads, d), *kv, scale=2.0)
+    arrays = draw(1, (b, g, c, heads, d), *kv)
     length = np.array([5, 2])
-    got = np.asarray(attend_group(*arrays, jnp.array(length)))
+    got = np.asarray(jax.jit(attend_group)(*arrays, jnp.array(length)))
     q, k, v, prompt_k, prompt_v = map(np.asarray, arrays)
     for row, member, t, h in np.ndindex(b, g, c, heads):
         s, n = h // (heads // kv_heads), length[row]
@@ -58,15 +58,16 @@ def test_one_row_at_a_time_equals_all_rows() -> None:
     b, g, c, p = 2, 3, 4, 5
     q, k, v, prompt_k, prompt_v = draw(2, (b, g, c, 4, 6), (b, g, c, 2, 6), (b, g, c, 2, 6), (b, p, 2, 6), (b, p, 2, 6))
     length = jnp.array([5, 2])
-    whole = attend_group(q, k, v, prompt_k, prompt_v, length)
+    attend = jax.jit(lambda *arrays, start: attend_group(*arrays, start=start))
+    whole = attend(q, k, v, prompt_k, prompt_v, length, start=jnp.int32(0))
     for t in range(c):
         # Slots of the cache that are not written yet hold anything at all.
         garbage = jnp.where(jnp.arange(c)[:, None, None] <= t, k, 1e4)
-        row = attend_group(q[:, :, t : t + 1], garbage, v, prompt_k, prompt_v, length, start=jnp.int32(t))
+        row = attend(q[:, :, t : t + 1], garbage, v, prompt_k, prompt_v, length, start=jnp.int32(t))
         np.testing.assert_allclose(row[:, :, 0], whole[:, :, t], atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, 2, 4, 7, 9, 12])
+@pytest.mark.parametrize("block", [2, 4, 12])
 def test_query_blocks_change_neither_values_nor_gradients(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     b, g, c, p = 2, 5, 3, 9
     arrays = draw(3, (b, p, 4, 6), (b, p, 2, 6), (b, p, 2, 6), (b, g, c, 4, 6), (b, g, c, 2, 6), (b, g, c, 2, 6))
@@ -89,30 +90,31 @@ def test_query_blocks_change_neither_values_nor_gradients(block: int, monkeypatc
 
 def test_large_scores_and_fully_hidden_prompts_stay_finite() -> None:
     q, k, v, prompt_k, prompt_v = draw(5, (1, 2, 3, 2, 4), (1, 2, 3, 2, 4), (1, 2, 3, 2, 4), (1, 4, 2, 4), (1, 4, 2, 4), scale=1e3)
+    gradients = jax.jit(jax.grad(lambda *arrays: jnp.sum(attend_group(*arrays)), argnums=(0, 1, 2, 3, 4)))
     for length in (0, 4):
-        grads = jax.grad(lambda *a, n=length: jnp.sum(attend_group(*a, jnp.array([n]))), argnums=(0, 1, 2, 3, 4))(
-            q, k, v, prompt_k, prompt_v
-        )
+        grads = gradients(q, k, v, prompt_k, prompt_v, jnp.array([length]))
         assert all(np.isfinite(grad).all() for grad in grads)
 
 
 def test_bfloat16_in_bfloat16_out_near_float32() -> None:
     arrays = draw(6, (2, 9, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16))
-    half = attend_prompt(*(x.astype(jnp.bfloat16) for x in arrays))
+    attend = jax.jit(attend_prompt)
+    half = attend(*(x.astype(jnp.bfloat16) for x in arrays))
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), attend_prompt(*arrays), atol=0.05)
+    np.testing.assert_allclose(half.astype(jnp.float32), attend(*arrays), atol=0.05)
 
 
 def test_rotation_keeps_lengths_and_sees_only_distances() -> None:
     q, k = draw(7, (1, 1, 8), (1, 1, 8))
-    at = lambda x, position: rotate(x, jnp.array([position]), theta=THETA)  # noqa: E731
+    turn = jax.jit(lambda x, position: rotate(x, position, theta=THETA))
+    at = lambda x, position: np.asarray(turn(x, jnp.array([position])))  # noqa: E731
     np.testing.assert_array_equal(at(q, 0), q)
     for position in (1, 17, 500):
-        np.testing.assert_allclose(jnp.linalg.norm(at(q, position)), jnp.linalg.norm(q), rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(at(q, position)), np.linalg.norm(q), rtol=1e-5)
     for shift in (1, 40, 300):
         for i, j in ((3, 9), (9, 3), (5, 5)):
-            np.testing.assert_allclose(jnp.vdot(at(q, i), at(k, j)), jnp.vdot(at(q, i + shift), at(k, j + shift)), atol=1e-3)
-    assert abs(jnp.vdot(at(q, 3), at(k, 9)) - jnp.vdot(at(q, 3), at(k, 10))) > 1e-2
+            np.testing.assert_allclose(np.vdot(at(q, i), at(k, j)), np.vdot(at(q, i + shift), at(k, j + shift)), atol=1e-3)
+    assert abs(float(np.vdot(at(q, 3), at(k, 9))) - float(np.vdot(at(q, 3), at(k, 10)))) > 1e-2
 
 
 def test_rotation_turns_each_half_pair_by_its_frequency() -> None:
@@ -126,14 +128,14 @@ def test_rotation_turns_each_half_pair_by_its_frequency() -> None:
 
 @pytest.mark.parametrize(("factor", "low", "high", "original"), [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (4.0, 2.0, 3.0, 64)])
 def test_llama3_frequencies_are_those_of_transformers(factor: float, low: float, high: float, original: int) -> None:
-    rope = dict(
-        rope_type="llama3",
-        rope_theta=500_000.0,
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=original,
-    )
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
     config = LlamaConfig(head_dim=128, rope_parameters=rope, max_position_embeddings=131072)
     expected, scale = ROPE_INIT_FUNCTIONS["llama3"](config, device=None)
     assert scale == 1.0

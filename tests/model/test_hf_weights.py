@@ -56,16 +56,16 @@ def _quiet() -> Iterator[None]:
 
 def make_reference(folder: Path, family: str = "qwen3", **changes: Any) -> Any:
     """A transformers model whose every parameter is random and large enough to matter, saved in `folder`."""
-    sizes = dict(
-        vocab_size=61,
-        hidden_size=20,
-        intermediate_size=37,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 20,
+        "intermediate_size": 37,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    }
     # A multiple of the heads where transformers insists; elsewhere heads need not fill the hidden size.
     sizes |= {"qwen3": {"head_dim": 10}, "qwen2": {"hidden_size": 24}, "llama": {"hidden_size": 24, "head_dim": 10}}[family]
     shard_size = changes.pop("max_shard_size", "1GB")
@@ -401,12 +401,12 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
         load_weights(tmp_path / "hf", BASE)
     edit_json(index, weight_map=listed | {"copy": "copy.safetensors"})
     shutil.copy(tmp_path / "hf" / listed[NORM], tmp_path / "hf" / "copy.safetensors")
-    with pytest.raises(WeightsError, match="is in .* too"):
+    with pytest.raises(WeightsError, match=r"is in .* too"):
         load_weights(tmp_path / "hf", BASE)
 
 
 MEMORY_PROBE = """
-    import dataclasses, sys, threading, time
+    import sys, threading, time
     from pathlib import Path
     import jax, jax.numpy as jnp
     from mllmrec_jax.config import ModelConfig
@@ -440,14 +440,15 @@ MEMORY_PROBE = """
 def test_loading_holds_no_second_copy(folder: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     large.mkdir()
-    sizes = dict(num_hidden_layers=8, hidden_size=512, intermediate_size=2304, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+    sizes = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 2304}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     shutil.copy(folder / "config.json", large)
-    edit_json(large / "config.json", vocab_size=8192, tie_word_embeddings=True, layer_types=..., **sizes)
+    edit_json(large / "config.json", vocab_size=8192, tie_word_embeddings=True, layer_types=..., **sizes, **heads)
     config, vocab_size = read_model_config(large, BASE)
     shapes = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Decoder(config, vocab_size=vocab_size, rngs=nnx.Rngs(0)))))
     tensors = {}
     for path, variable in shapes:
-        names = hf_weights._name_tensors(path, config.num_layers)
+        names = hf_weights._name_tensors(tuple(map(str, path)), config.num_layers)
         shape = variable.shape if len(names) == 1 else variable.shape[1:]
         tensors |= {name: np.full(shape[::-1] if path[-1] == "kernel" else shape, 0.5, np.float32) for name in names}
     save_file(tensors, large / "model.safetensors")

@@ -25,7 +25,14 @@ BATCH = GroupBatch(
 
 
 def make_model() -> Decoder:
-    return Decoder(CONFIG, vocab_size=30, rngs=nnx.Rngs(0))
+    """Every parameter random, biases and norms too."""
+    abstract = nnx.eval_shape(lambda: Decoder(CONFIG, vocab_size=30, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(nnx.state(abstract)):
+        noise = rng.standard_normal(variable.shape)
+        scale = variable.shape[-2] ** -0.5 if path[-1] == "kernel" else 0.3
+        variable.set_value(jnp.asarray(scale * noise + (path[-1] == "weight"), variable.dtype))
+    return abstract
 
 
 def make_adapted(lora: LoraConfig, *, fresh: bool = False) -> Decoder:
@@ -39,10 +46,12 @@ def make_adapted(lora: LoraConfig, *, fresh: bool = False) -> Decoder:
     return model
 
 
-@nnx.jit(static_argnames="adapters")
-def logits(model: Decoder, *, adapters: bool = True) -> jax.Array:
+def compute_logits(model: Decoder, *, adapters: bool = True) -> jax.Array:
     _, completion = model.encode_group(BATCH, adapters=adapters)
     return completion @ model.head_weight.T
+
+
+logits = nnx.jit(compute_logits, static_argnames="adapters")
 
 
 def adapted_names(model: Decoder) -> set[str]:
@@ -121,21 +130,22 @@ def test_gradient_reaches_adapters_and_nothing_else() -> None:
     graphdef, lora, rest = nnx.split(model, LoraParam, ...)
 
     def loss(lora: Any, adapters: bool) -> jax.Array:
-        return jnp.sum(jnp.square(logits(nnx.merge(graphdef, lora, rest), adapters=adapters)))
+        return jnp.sum(jnp.square(compute_logits(nnx.merge(graphdef, lora, rest), adapters=adapters)))
 
-    grads = nnx.to_flat_state(jax.grad(loss)(lora, True))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    grads = nnx.to_flat_state(gradient(lora, True))
     assert {str(path[-1]) for path, _ in grads} == {"lora_a", "lora_b"}
     assert len(grads) == 2 * len(ALL_LINEARS)
     for path, grad in grads:
         per_layer = np.abs(np.asarray(grad[...])).max(axis=(1, 2))
         assert (per_layer > 0).all(), path
-    for _, grad in nnx.to_flat_state(jax.grad(loss)(lora, False)):
+    for _, grad in nnx.to_flat_state(gradient(lora, False)):
         assert not np.any(grad[...])
 
 
 def test_fresh_adapter_learns_through_b_first() -> None:
     graphdef, lora, rest = nnx.split(make_adapted(LoraConfig(rank=3), fresh=True), LoraParam, ...)
-    grads = jax.grad(lambda lora: jnp.sum(jnp.square(logits(nnx.merge(graphdef, lora, rest)))))(lora)
+    grads = jax.jit(jax.grad(lambda lora: jnp.sum(jnp.square(compute_logits(nnx.merge(graphdef, lora, rest))))))(lora)
     for path, grad in nnx.to_flat_state(grads):
         assert np.any(grad[...]) == (path[-1] == "lora_b")
 

@@ -25,7 +25,15 @@ COMPLETION_LENGTH = jnp.array([[3, 1, 2], [2, 3, 3]])
 
 
 def make_model(**changes: Any) -> Decoder:
-    return Decoder(dataclasses.replace(CONFIG, **changes), vocab_size=V, rngs=nnx.Rngs(0))
+    """Every parameter random, biases and norms too; the same for every choice of dtype, dropout and remat."""
+    config = dataclasses.replace(CONFIG, **changes)
+    abstract = nnx.eval_shape(lambda: Decoder(config, vocab_size=V, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(nnx.state(abstract)):
+        noise = rng.standard_normal(variable.shape)
+        scale = variable.shape[-2] ** -0.5 if path[-1] == "kernel" else 0.3
+        variable.set_value(jnp.asarray(scale * noise + (path[-1] == "weight"), variable.dtype))
+    return abstract
 
 
 def make_batch(seed: int = 0) -> GroupBatch:
@@ -49,22 +57,16 @@ def real_completion() -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_a_token_sees_its_prompt_and_its_own_past_and_nothing_else(family: Any) -> None:
-    graphdef, state = nnx.split(make_model(family=family))
+    graphdef, embedding, rest = nnx.split(make_model(family=family), lambda path, _: path == ("embedding",), ...)
     batch = make_batch()
-    direction = jax.random.normal(jax.random.key(1), (CONFIG.hidden_size,))
+    direction = jnp.asarray(np.random.default_rng(1).standard_normal(CONFIG.hidden_size), jnp.float32)
 
-    @jax.jit
-    def jacobian(table: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def project(table: jax.Array) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graphdef, state)
-            model.embedding.set_value(table)
-            prompt, completion = model.encode_group(batch)
-            return prompt @ direction, completion @ direction
+    def project(embedding: Any) -> tuple[jax.Array, jax.Array]:
+        prompt, completion = nnx.merge(graphdef, embedding, rest).encode_group(batch)
+        return prompt @ direction, completion @ direction
 
-        return jax.jacrev(project)(table)
-
-    table = state["embedding"][...]
-    by_prompt, by_completion = (np.abs(np.asarray(j)).max(axis=-1) for j in jacobian(table))  # [..., V]: how much each place matters
+    # [..., V]: how much each place matters.
+    by_prompt, by_completion = (np.abs(np.asarray(j["embedding"][...])).max(axis=-1) for j in jax.jit(jax.jacrev(project))(embedding))
     prompt, completion = np.asarray(batch.prompt), np.asarray(batch.completion)
     for b, t in np.argwhere(real_prompt()):
         seen = np.zeros(V, bool)
@@ -168,7 +170,7 @@ def test_remat_policies_give_the_same_gradients(dropout: float) -> None:
             np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("block", [2, 4])
+@pytest.mark.parametrize("block", [2])
 def test_query_blocks_change_neither_values_nor_gradients(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected_value, expected = value_and_grad(make_model())
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
