@@ -62,7 +62,9 @@ class Checkpoints:
         differing = sorted(key for key in self.identity.keys() | stored.keys() if self.identity.get(key) != stored.get(key))
         if differing:
             details = "; ".join(f"{key}: expected {self.identity.get(key)}, got {stored.get(key)}" for key in differing)
-            raise CheckpointError(f"{self.folder}/{step}: belongs to another run ({details}); use another output folder or run without --resume")
+            raise CheckpointError(
+                f"{self.folder}/{step}: belongs to another run ({details}); use another output folder or run without --resume"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return step, restored.state

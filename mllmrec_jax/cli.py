@@ -105,7 +105,10 @@ def _parse(argv: Sequence[str]) -> tuple[str, _Options, RunConfig]:
     epilog = "commands:\n" + "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     epilog += "\n\n`mllmrec COMMAND CONFIG --help` lists every option with its type, default and unit."
     parser = argparse.ArgumentParser(
-        prog="mllmrec", description="Train language models to recommend.", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mllmrec",
+        description="Train language models to recommend.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mllmrec-jax {__version__}")
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")

@@ -49,7 +49,9 @@ def open_run_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path
         if overwrite:
             shutil.rmtree(folder)
         elif not resume:
-            raise RunFolderError(f"{folder}: holds a run already; go on with --resume, start over with --overwrite, or choose another --name")
+            raise RunFolderError(
+                f"{folder}: holds a run already; go on with --resume, start over with --overwrite, or choose another --name"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -73,7 +75,10 @@ def make_base_model(config: RunConfig, prepared: Prepared) -> Decoder:
             )
         decoder = load_weights(model.weights, sizes, min_vocab_size=tokenizer.vocab_size, seed=config.seed)
         if tokenizer.item_range:
-            texts = [tokenizer.encode_text(f"[ITEM_{id_}] {sanitise_text(prepared.dataset.items[id_].title)}") for id_ in sorted(prepared.dataset.items)]
+            texts = [
+                tokenizer.encode_text(f"[ITEM_{id_}] {sanitise_text(prepared.dataset.items[id_].title)}")
+                for id_ in sorted(prepared.dataset.items)
+            ]
             set_item_rows(decoder, tokenizer.item_range[0], texts)
     longest = max(int(shards.prompt_length.max()) for shards in (prepared.sft, prepared.grpo, prepared.test.shards))
     check_positions(longest, int(prepared.sft.get_shape("answer")[1]), decoder.config.max_position)

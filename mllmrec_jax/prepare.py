@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -45,12 +44,16 @@ class Prepared:
     """What a reader of results should know: rows skipped, users left out, history dropped."""
 
 
-def _freeze_candidates(
-    windows: Sequence[Window], dataset: Dataset, config: RunConfig, *, sampling: str, resample: int = 0
-) -> CandidateSet:
+def _freeze_candidates(windows: Sequence[Window], dataset: Dataset, config: RunConfig, *, sampling: str, resample: int = 0) -> CandidateSet:
     """Draws candidate lists once; later runs read the same file, checked against its hash."""
     data = config.data
-    provenance = {"data": dataset.content_hash, "negatives": data.negatives, "sampling": sampling, "seed": data.candidate_seed, "resample": resample}
+    provenance = {
+        "data": dataset.content_hash,
+        "negatives": data.negatives,
+        "sampling": sampling,
+        "seed": data.candidate_seed,
+        "resample": resample,
+    }
     key = fingerprint(provenance, [(w.user, w.position) for w in windows])
     path = config.cache / "candidates" / f"{key}.npz"
     if path.is_file():
@@ -110,7 +113,10 @@ def prepare_data(config: RunConfig) -> Prepared:
     sft_candidates = []
     for resample in range(data.sft_resamples):
         windows = cut_windows(
-            splits.train_histories, kind=data.sft_windows, history_len=data.sft_history_len or data.history_len, seed=[data.split_seed, resample]
+            splits.train_histories,
+            kind=data.sft_windows,
+            history_len=data.sft_history_len or data.history_len,
+            seed=[data.split_seed, resample],
         )
         sft_windows += windows
         sft_candidates.append(_freeze_candidates(windows, dataset, config, sampling=data.negative_sampling, resample=resample))

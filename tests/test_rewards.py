@@ -35,5 +35,7 @@ def test_title_flag():
 
 
 def test_reasoning_after_the_answer_is_allowed_before_it_is_not():
-    rewards = score(["[ITEM_7] Heat (1995)\n<think>crime</think>", "<think>crime</think> [ITEM_7] Heat (1995)", "[ITEM_7] Heat [ITEM_9] Big"])
+    rewards = score(
+        ["[ITEM_7] Heat (1995)\n<think>crime</think>", "<think>crime</think> [ITEM_7] Heat (1995)", "[ITEM_7] Heat [ITEM_9] Big"]
+    )
     np.testing.assert_array_equal(rewards.hit, [[True, False, False]])

@@ -24,4 +24,6 @@ def print_table(report: Mapping[str, Any]) -> None:
     console.print(table)
     for row in report["comparisons"]:
         low, high = row["ci95"]
-        console.print(f"{row['metric']}: {row['a']} - {row['b']} = {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {row['p_holm']:.4f} (Holm)")
+        console.print(
+            f"{row['metric']}: {row['a']} - {row['b']} = {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {row['p_holm']:.4f} (Holm)"
+        )

@@ -75,7 +75,11 @@ def tabulate_metrics(models: Mapping[str, RankedModel], config: EvaluateConfig) 
 
 
 def compare_models(
-    models: Mapping[str, RankedModel], pairs: Sequence[tuple[str, str]], config: EvaluateConfig, *, metrics: Sequence[str] = ("HR@1", "NDCG@3")
+    models: Mapping[str, RankedModel],
+    pairs: Sequence[tuple[str, str]],
+    config: EvaluateConfig,
+    *,
+    metrics: Sequence[str] = ("HR@1", "NDCG@3"),
 ) -> list[dict[str, Any]]:
     """Paired differences a - b on the same users for each pair (a, b) whose models are there, p-values Holm-corrected over all of them."""
     rows = []
@@ -83,6 +87,8 @@ def compare_models(
         if a in models and b in models:
             for metric in metrics:
                 found = compare_paired(models[b].ranks, models[a].ranks, metric=metric, bootstrap=config.bootstrap, seed=config.seed)
-                rows.append({"a": a, "b": b, "metric": metric, **{"difference": found["difference"], "ci95": found["ci95"], "p": found["p_value"]}})
+                rows.append(
+                    {"a": a, "b": b, "metric": metric, **{"difference": found["difference"], "ci95": found["ci95"], "p": found["p_value"]}}
+                )
     adjusted = holm([row["p"] for row in rows])
     return [{**row, "p_holm": p} for row, p in zip(rows, adjusted, strict=True)]

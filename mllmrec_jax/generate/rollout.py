@@ -33,7 +33,7 @@ def check_positions(prompt_width: int, max_new_tokens: int, max_position: int) -
         )
 
 
-def make_keys(seed: Array, step: Array, row: Int[Array, " B"], group_size: int) -> Array:
+def make_keys(seed: int | Array, step: int | Array, row: Int[Array, " B"], group_size: int) -> Array:
     """Keys [B, G], one a (seed, step, global row, group member): a completion does not depend on its place in the batch or mesh."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     by_row = jax.vmap(lambda r: jax.random.fold_in(key, r))(row)

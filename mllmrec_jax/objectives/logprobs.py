@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from mllmrec_kernels.logprob_kl import LogprobOutput, compute_logprobs
 
 from mllmrec_jax.config import LogprobConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model.qwen3 import Decoder, predicting_states
+from mllmrec_kernels.logprob_kl import LogprobOutput, compute_logprobs
 
 
 def completion_mask(batch: GroupBatch) -> jax.Array:

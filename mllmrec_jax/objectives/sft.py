@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from mllmrec_kernels.logprob_kl import compute_logprobs
 
 from mllmrec_jax.config import LogprobConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model.qwen3 import Decoder, predicting_states
 from mllmrec_jax.objectives.logprobs import completion_logprobs
+from mllmrec_kernels.logprob_kl import compute_logprobs
 
 
 def _history_targets(group: GroupBatch, history_mask: Array) -> Array:

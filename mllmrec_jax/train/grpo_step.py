@@ -54,9 +54,7 @@ def make_grpo_step(policy: Policy, optimizer: optax.GradientTransformation, grpo
                 hidden_ref = jax.lax.stop_gradient(encode_predicting(other, micro.group, adapters=False))
                 head_ref = None if reference is None else jax.lax.stop_gradient(other.head_weight)
         options = {"temperature": grpo.temperature, "entropy": True, "kl": exact, "backward": backward}
-        out = completion_logprobs(
-            hidden, model.head_weight, micro.group, logprob, hidden_ref=hidden_ref, head_ref=head_ref, **options
-        )
+        out = completion_logprobs(hidden, model.head_weight, micro.group, logprob, hidden_ref=hidden_ref, head_ref=head_ref, **options)
         mask = completion_mask(micro.group)
         old = jax.lax.stop_gradient(out.logp) if micro.logp_old is None else micro.logp_old
         tokens = GroupTokens(out.logp, old, out.logp_ref, out.kl, mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -26,7 +26,7 @@ class MetricsLog:
             self._file.write(json.dumps(row) + "\n")
         self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=start_step)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -42,9 +42,7 @@ def to_sft_batch(batch: ExampleBatch, accumulation: int) -> SftBatch:
     return jax.tree.map(lambda x: jnp.asarray(x.reshape(accumulation, -1, *x.shape[1:])), stacked)
 
 
-def run_sft(
-    config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, identity: dict[str, Any], resume: bool
-) -> tuple[Any, int]:
+def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, identity: dict[str, Any], resume: bool) -> tuple[Any, int]:
     """Trains for the configured epochs or steps; returns (trained weights, steps done).
 
     Continues from the newest checkpoint in `folder`/checkpoints/sft where `resume` is set: to the same floats as an uninterrupted run.

@@ -84,9 +84,7 @@ def init_state(trained: Any, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(trained, optimizer.init(trained), jnp.int32(0))
 
 
-def apply_gradients(
-    state: TrainState, grads: Any, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Array]:
+def apply_gradients(state: TrainState, grads: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, Array]:
     """One optimizer step; also returns the gradient's global norm before clipping.
 
     A gradient that is not finite leaves weights and optimizer as they were: the caller sees the norm and stops with the cause.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mllmrec_kernels.logprob_kl import compute_logprobs
 
 N, D, V = 37, 24, 211  # ragged against every chunk size below

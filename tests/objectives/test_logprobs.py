@@ -110,5 +110,7 @@ def test_tokens_past_the_end_are_zero_and_do_not_matter():
     _, logp = total_logp(policy.trained, policy, batch, weights)
     mask = np.asarray(completion_mask(batch))
     assert not np.any(np.asarray(logp)[~mask])
-    other = batch._replace(completion=jnp.where(mask, batch.completion, 5), prompt=jnp.where(jnp.arange(9) < batch.prompt_length[:, None], batch.prompt, 3))
+    other = batch._replace(
+        completion=jnp.where(mask, batch.completion, 5), prompt=jnp.where(jnp.arange(9) < batch.prompt_length[:, None], batch.prompt, 3)
+    )
     np.testing.assert_allclose(total_logp(policy.trained, policy, other, weights)[1], logp, atol=1e-6)

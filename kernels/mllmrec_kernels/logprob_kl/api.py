@@ -86,9 +86,7 @@ def compute_logprobs(
     if implementation == "xla_chunked":
         out = logprobs_chunked(hidden, hidden_ref, head, head_ref, target, temperature, entropy, kl, backward, chunk_tokens)
     elif implementation == "reference":
-        logp, logp_ref, entropy_N, kl_N = compute_logprobs_reference(
-            hidden, hidden_ref, head, head_ref, target, temperature=temperature
-        )
+        logp, logp_ref, entropy_N, kl_N = compute_logprobs_reference(hidden, hidden_ref, head, head_ref, target, temperature=temperature)
         out = {"logp": logp, "logp_ref": logp_ref, "entropy": entropy_N if entropy else None, "kl": kl_N if kl else None}
     else:
         raise ValueError(f"implementation: must be 'xla_chunked' or 'reference', was {implementation!r}")

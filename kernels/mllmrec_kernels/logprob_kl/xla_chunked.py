@@ -95,7 +95,13 @@ def logprobs_chunked(
 ) -> dict[str, jax.Array]:
     """See `api.compute_logprobs`; `target` is in range and rows are already masked."""
     forward = functools.partial(
-        _forward_chunk, head=head, head_ref=head if head_ref is None else head_ref, temperature=temperature, entropy=entropy, kl=kl, direction=False
+        _forward_chunk,
+        head=head,
+        head_ref=head if head_ref is None else head_ref,
+        temperature=temperature,
+        entropy=entropy,
+        kl=kl,
+        direction=False,
     )
     return _map_chunks(forward, (hidden, hidden_ref, target), chunk)
 

@@ -1,0 +1,211 @@
+"""The main job at toy size: all stages, resume to the same floats (also after SIGKILL), refusals before any work."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mllmrec_jax.checkpoint import CheckpointError, Checkpoints
+from mllmrec_jax.config import ConfigError, RunConfig, check_config, load_config
+from mllmrec_jax.pipeline import RunFolderError, open_run, run_all
+from mllmrec_jax.train.metrics_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_config(folder: Path, **changes: Any) -> RunConfig:
+    base = load_config(ROOT / "configs" / "quickstart.toml")
+    config = dataclasses.replace(
+        base,
+        name="toy",
+        output=folder / "runs",
+        cache=folder / "cache",
+        data=dataclasses.replace(
+            base.data,
+            posterworld=dataclasses.replace(base.data.posterworld, items=40, users=60, min_length=12, max_length=16),
+        ),
+        tokenizer=dataclasses.replace(base.tokenizer, vocab_size=400),
+        model=dataclasses.replace(base.model, num_layers=1, hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=1, head_dim=16),
+        sft=dataclasses.replace(base.sft, max_steps=6, batch_size=4, accumulation=2, checkpoint_every=2),
+        grpo=dataclasses.replace(base.grpo, max_steps=4, batch_size=2, accumulation=2, group_size=4, checkpoint_every=1),
+        evaluate=dataclasses.replace(base.evaluate, batch_size=8, bootstrap=100, examples=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Both stages; returns the trained weights as numpy."""
+    run = open_run(config, resume=resume)
+    sft, sft_trained = run.sft(resume=resume)
+    _, grpo_trained = run.grpo(sft, sft_trained, resume=resume)
+    return jax.tree.map(np.asarray, {"sft": sft_trained, "grpo": grpo_trained})
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
+    """One uninterrupted run: its configuration, report and weights."""
+    config = make_config(tmp_path_factory.mktemp("straight"))
+    report = run_all(config)
+    run = open_run(config, resume=True)
+    weights = {name: jax.tree.map(np.asarray, trained) for name, (_, trained) in run.load_policies().items()}
+    return config, report, weights
+
+
+def test_report_holds_every_row_and_metric(straight):
+    config, report, _ = straight
+    folder = config.output / config.name
+    assert json.loads((folder / "report.json").read_text()) == report
+    names = [f"{kind}@{k}" for kind in ("HR", "NDCG") for k in (1, 3, 5, 10)] + ["MRR"]
+    for row in ("random", "popularity", "covisitation", "oracle", "sft", "grpo"):
+        metrics = report["metrics"][row]
+        assert metrics["users"] == 12
+        for name in names:
+            low, high = metrics[name]["ci95"]
+            assert low <= metrics[name]["mean"] <= high
+    assert report["metrics"]["random"]["HR@3"]["mean"] == pytest.approx(0.3)
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_run_folder_says_what_the_run_was(straight):
+    config, _, _ = straight
+    folder = config.output / config.name
+    assert load_config(folder / "config.toml") == config
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["device"]["platform"] == "cpu"
+    assert provenance["versions"]["jax"] == jax.__version__
+
+
+def test_metrics_are_logged_every_step(straight):
+    config, _, _ = straight
+    folder = config.output / config.name
+    sft, grpo = (read_metrics(folder / f"{stage}.jsonl") for stage in ("sft", "grpo"))
+    assert [row["step"] for row in sft] == list(range(6))
+    assert [row["step"] for row in grpo] == list(range(4))
+    wanted = {
+        "reward_mean", "format_rate", "hit_rate", "kl", "entropy", "clip_fraction", "no_signal_share", "completion_length",
+        "truncated_share", "logprob_mismatch", "tokens_per_second", "generate_s", "reward_s", "update_s", "step_s", "grad_norm",
+        "learning_rate",
+    }  # fmt: skip
+    for row in grpo:
+        assert wanted <= row.keys()
+        assert row["logprob_mismatch"] < 1e-4  # on-policy: rounding only
+    assert any((folder / "tensorboard" / "grpo").iterdir())
+
+
+def test_resumed_equals_uninterrupted(straight, tmp_path):
+    """Stopped after 2 of 6 SFT steps and, later, after 2 of 4 rollouts, the run ends with the same floats."""
+    config, _, expected = straight
+    config = dataclasses.replace(config, output=tmp_path)
+    folder = config.output / config.name
+
+    def stop_after(stage: str, step: int) -> None:
+        """Removes what was written after `step`: what a kill just after that checkpoint leaves."""
+        for checkpoint in (folder / "checkpoints" / stage).iterdir():
+            if checkpoint.name.isdigit() and int(checkpoint.name) > step:
+                subprocess.run(["rm", "-r", str(checkpoint)], check=True)
+
+    train(config)
+    stop_after("grpo", 3)
+    assert_equal(train(config, resume=True), expected)
+    stop_after("sft", 4)
+    assert_equal(train(config, resume=True), expected)
+    assert [row["step"] for row in read_metrics(folder / "sft.jsonl")] == list(range(6))
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_save_resumes_to_the_same_floats(straight, tmp_path):
+    """SIGKILL as soon as a checkpoint is being written, three times at different steps; --resume ends with the same floats."""
+    config, _, expected = straight
+    flags = [f"--output={tmp_path}", f"--cache={config.cache}"]
+    command = [sys.executable, "-m", "mllmrec_jax.cli", "run", str(config.output / config.name / "config.toml"), "--resume", *flags]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    for stage in ("sft", "grpo", "grpo"):
+        folder = tmp_path / "toy" / "checkpoints" / stage
+        seen = set(folder.iterdir()) if folder.is_dir() else set()
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 180
+        while process.poll() is None and time.monotonic() < deadline:
+            if folder.is_dir() and set(folder.iterdir()) - seen:
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    run = open_run(dataclasses.replace(config, output=tmp_path), resume=True)
+    assert_equal({name: trained for name, (_, trained) in run.load_policies().items()}, expected)
+
+
+def test_a_folder_in_the_way_is_refused(straight):
+    config, _, _ = straight
+    with pytest.raises(RunFolderError, match="--resume"):
+        open_run(config)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(straight):
+    config, _, _ = straight
+    other = dataclasses.replace(config, sft=dataclasses.replace(config.sft, history_loss_weight=0.75))
+    with pytest.raises(CheckpointError, match="config"):
+        open_run(other, resume=True).load_sft()
+
+
+def test_other_base_weights_are_refused(straight):
+    config, _, _ = straight
+    run = open_run(config, resume=True)
+    sft, trained = run.load_sft()
+    moved = jax.tree.map(lambda x: x + 1e-3, trained)
+    with pytest.raises(CheckpointError, match="base_weights"):
+        run.grpo(sft, moved, resume=True)
+
+
+def test_prompts_longer_than_the_model_are_refused(tmp_path):
+    config = make_config(tmp_path)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_position=16))
+    with pytest.raises(ConfigError, match="max_position"):
+        open_run(config).sft(resume=False)
+
+
+def test_weights_that_are_not_finite_stop_the_run(straight, tmp_path):
+    config, _, _ = straight
+    run = open_run(dataclasses.replace(config, output=tmp_path), resume=False)
+    sft, trained = open_run(config, resume=True).load_sft()
+    with pytest.raises((RuntimeError, ValueError), match="nan"):
+        run.grpo(sft, jax.tree.map(lambda x: x * jnp.nan, trained), resume=False)
+
+
+def test_lora_sft_needs_weights():
+    base = load_config(ROOT / "configs" / "quickstart.toml")
+    with pytest.raises(ConfigError, match="random weights"):
+        check_config(dataclasses.replace(base, sft=dataclasses.replace(base.sft, mode="lora")))
+
+
+def test_disk_full_while_saving_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "c", {"config": "a"})
+    state = {"w": jnp.arange(4.0)}
+    checkpoints.save(1, state)
+    checkpoints.close()
+
+    checkpoints = Checkpoints(tmp_path / "c", {"config": "a"})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoints.save(2, state)
+    step, restored = Checkpoints(tmp_path / "c", {"config": "a"}).restore(state)
+    assert step == 1
+    np.testing.assert_array_equal(restored["w"], state["w"])
