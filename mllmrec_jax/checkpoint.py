@@ -58,7 +58,7 @@ class Checkpoints:
         step = self.latest_step if step is None else step
         if step is None:
             raise CheckpointError(f"{self.folder}: expected a checkpoint, found none")
-        stored = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())).identity
+        stored: dict[str, Any] = self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
         differing = sorted(key for key in self.identity.keys() | stored.keys() if self.identity.get(key) != stored.get(key))
         if differing:
             details = "; ".join(f"{key}: expected {self.identity.get(key)}, got {stored.get(key)}" for key in differing)
@@ -67,7 +67,7 @@ class Checkpoints:
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return step, restored.state
+        return step, restored["state"]
 
     def close(self) -> None:
         """Waits for the write under way.

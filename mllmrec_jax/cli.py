@@ -134,7 +134,8 @@ def _parse(argv: Sequence[str]) -> tuple[str, _Options, RunConfig]:
         raise ConfigError(f"mllmrec {command}: expected a configuration (a TOML file, or the name of a shipped one such as quickstart)")
     default = RunConfig() if known.config is None else load_config(find_config(known.config))
     description = COMMANDS[command][1]
-    flags = "Also: --resume goes on with the run folder, --overwrite starts it over; bench: --json FILE, --repeats N; export: --stage, --folder."
+    flags = "Also: --resume goes on with the run folder, --overwrite starts it over; bench: --json FILE, --repeats N; "
+    flags += "export: --stage, --folder."
     config = tyro.cli(RunConfig, default=default, args=rest, prog=f"mllmrec {command} CONFIG", description=f"{description}\n\n{flags}")
     options = _Options(known.resume, known.overwrite, known.json, known.repeats, known.stage, known.folder)
     return command, options, check_config(config, str(known.config))

@@ -80,6 +80,8 @@ class DataConfig:
     """Interactions shown before the target (items)."""
     sft_windows: Literal["last", "all", "cover"] = "last"
     """SFT examples: a training user's last item as the target (the paper's), every item, or as few windows as hold every item once."""
+    sft_user_share: Fraction = 1.0
+    """Share of the training users whose windows SFT sees; below 1, GRPO gets the others, so that no prompt of its was learned by heart."""
     sft_history_len: Count = 0
     """Interactions shown before the target in SFT examples; 0 means `history_len` (items)."""
     sft_resamples: PositiveInt = 1

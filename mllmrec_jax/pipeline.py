@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ class Run:
             window = lists.windows[row]
             candidates = tuple(
                 CandidateView(
-                    _view(prepared.dataset.items[int(item)]),
+                    _view(prepared.dataset.items[int(item)], self.folder),
                     *(float(ranked[name].scores[row, column]) if name in ranked else None for name in ("sft", "grpo")),
                     is_target=int(item) == window.target,
                 )
@@ -238,7 +239,7 @@ class Run:
             views.append(
                 ExampleView(
                     user=window.user,
-                    history=tuple(_view(prepared.dataset.items[item]) for item in window.history),
+                    history=tuple(_view(prepared.dataset.items[item], self.folder) for item in window.history),
                     candidates=candidates,
                     prompt=prepared.tokenizer.decode(prompt, keep_stops=True),
                     sft_answers=answers.get("sft", [()] * count)[place],
@@ -262,8 +263,11 @@ class Run:
         return texts
 
 
-def _view(item: Item) -> ItemView:
-    return ItemView(item.id, item.title, None if item.image is None else Path(item.image).absolute(), item.caption)
+def _view(item: Item, folder: Path) -> ItemView:
+    """`item` for a report in `folder`: its picture's path is relative to that, so that a run folder and its cache can move together."""
+    # Resolved first: `..` behind a symbolic link leads elsewhere.
+    image = None if item.image is None else Path(os.path.relpath(item.image.resolve(), folder.resolve()))
+    return ItemView(item.id, item.title, image, item.caption)
 
 
 def open_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> Run:

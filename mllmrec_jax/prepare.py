@@ -109,11 +109,14 @@ def prepare_data(config: RunConfig) -> Prepared:
     texts = list_training_texts(dataset, config.prompt, item_tokens=config.tokenizer.item_tokens)
     tokenizer = load_tokenizer(config.tokenizer, item_ids=dataset.items, texts=texts, cache=config.cache / "tokenizers")
 
+    users = splits.train_histories
+    sft_count = round(data.sft_user_share * len(users))
+    sft_users, grpo_users = users[:sft_count], users if sft_count == len(users) else users[sft_count:]
     sft_windows: list[Window] = []
     sft_candidates = []
     for resample in range(data.sft_resamples):
         windows = cut_windows(
-            splits.train_histories,
+            sft_users,
             kind=data.sft_windows,
             history_len=data.sft_history_len or data.history_len,
             seed=[data.split_seed, resample],
@@ -121,7 +124,7 @@ def prepare_data(config: RunConfig) -> Prepared:
         sft_windows += windows
         sft_candidates.append(_freeze_candidates(windows, dataset, config, sampling=data.negative_sampling, resample=resample))
     sft = _make_shards(sft_windows, _join(sft_candidates), dataset, tokenizer, config, part="train")
-    grpo_windows = cut_windows(splits.train_histories, kind=data.grpo_windows, history_len=data.history_len, seed=[data.split_seed])
+    grpo_windows = cut_windows(grpo_users, kind=data.grpo_windows, history_len=data.history_len, seed=[data.split_seed])
     grpo_candidates = _freeze_candidates(grpo_windows, dataset, config, sampling=data.negative_sampling)
     grpo = _make_shards(grpo_windows, grpo_candidates, dataset, tokenizer, config, part="train")
     test = _prepare_test(dataset, splits, tokenizer, config, sampling=data.negative_sampling)

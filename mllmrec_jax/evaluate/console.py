@@ -8,12 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+FILE_WIDTH = 200
+"""Characters a line where the output is not a terminal: more than any row takes."""
 COLUMNS = ("HR@1", "HR@3", "HR@5", "NDCG@3", "NDCG@5", "MRR")
 
 
 def print_table(report: Mapping[str, Any]) -> None:
     """Prints every row of `report["metrics"]` with half the width of its 95% interval, then the paired comparisons."""
-    console = Console()
+    # Nothing here is markup (a name may hold brackets), and a file or pipe has no width that lines should break at.
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     table = Table("model", *(f"{name} (95%)" for name in COLUMNS))
     for name, metrics in report["metrics"].items():
         cells = []

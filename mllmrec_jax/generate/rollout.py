@@ -28,8 +28,8 @@ def check_positions(prompt_width: int, max_new_tokens: int, max_position: int) -
     """Raises ConfigError where a prompt and its completion do not fit the model."""
     if prompt_width + max_new_tokens > max_position:
         raise ConfigError(
-            f"a prompt of {prompt_width} tokens and {max_new_tokens} new tokens need {prompt_width + max_new_tokens} positions, expected at "
-            f"most model.max_position = {max_position}; lower prompt.max_prompt_tokens or grpo.max_new_tokens"
+            f"a prompt of {prompt_width} tokens and {max_new_tokens} new tokens need {prompt_width + max_new_tokens} positions, "
+            f"expected at most model.max_position = {max_position}; lower prompt.max_prompt_tokens or grpo.max_new_tokens"
         )
 
 

@@ -1,8 +1,9 @@
 """Sampling with temperature, top-k and exact top-p, without sorting the vocabulary.
 
 The nucleus (Holtzman et al. 2020, arXiv:1904.09751) of a sorted distribution is its shortest prefix with mass >= top_p. Its least
-probability is found by bisection on the bit patterns of non-negative float32 values, which are ordered like the values: at most 31 sums over
-the vocabulary give the exact threshold. Equal probabilities at the threshold are kept from the lowest token id up, as a stable sort does.
+probability is found by bisection on the bit patterns of non-negative float32 values, which are ordered like the values: at most 31 sums
+over the vocabulary give the exact threshold. Equal probabilities at the threshold are kept from the lowest token id up, as a stable
+sort does.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def warn_about_k1(estimator: KlEstimator, beta: float) -> None:
     """Warns where the KL penalty has no effect in expectation."""
     if estimator == "k1" and beta > 0:
         warnings.warn(
-            "grpo.kl_estimator = 'k1': inside the loss its gradient is zero in expectation on-policy, so beta does not hold the policy near "
-            "the reference; use 'k2', 'k3' or 'exact'",
+            "grpo.kl_estimator = 'k1': inside the loss its gradient is zero in expectation on-policy, so beta does not hold the policy "
+            "near the reference; use 'k2', 'k3' or 'exact'",
             stacklevel=2,
         )

@@ -44,4 +44,4 @@ def completion_logprobs(
             chunk_tokens=config.chunk_tokens,
             **options,
         )
-    return LogprobOutput(*(None if x is None else x.reshape(shape) for x in out))
+    return jax.tree.map(lambda x: x.reshape(shape), out)

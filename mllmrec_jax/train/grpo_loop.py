@@ -85,7 +85,7 @@ def judge_rollout(
     batch: ExampleBatch, rollout: Rollout, item_id: np.ndarray, tokenizer: Tokenizer, grpo: GrpoConfig, titles: Mapping[int, str]
 ) -> Sampled:
     """Copies a rollout to the host, decodes and scores it."""
-    host = Rollout(*(np.asarray(x) for x in rollout))
+    host: Rollout = jax.tree.map(np.asarray, rollout)
     started = time.perf_counter()
     texts = [
         [tokenizer.decode(row[:length]) for row, length in zip(group, lengths, strict=True)]
@@ -104,7 +104,8 @@ def to_grpo_batch(sampled: Sampled, grpo: GrpoConfig) -> GrpoBatch:
     longest = int(rollout.completion_length.max())
     width = min(grpo.max_new_tokens, next(w for w in COMPLETION_WIDTHS if w >= longest))
     advantage = compute_advantages(jnp.asarray(sampled.rewards.reward), scale=grpo.scale_rewards)
-    group = GroupBatch(sampled.batch.prompt, sampled.batch.prompt_length, rollout.completion[..., :width], rollout.completion_length)
+    prompt, prompt_length = jnp.asarray(sampled.batch.prompt), jnp.asarray(sampled.batch.prompt_length)
+    group = GroupBatch(prompt, prompt_length, rollout.completion[..., :width], rollout.completion_length)
     batch = GrpoBatch(group, advantage, rollout.logp_raw[..., :width], None)
     return jax.tree.map(lambda x: jnp.asarray(x).reshape(grpo.accumulation, -1, *x.shape[1:]), batch)
 
@@ -187,8 +188,8 @@ def run_grpo(
             check_finite("grpo", step, row)
             if row["logprob_mismatch"] > limit:
                 warnings.warn(
-                    f"grpo step {step}: rollout and training log-probs differ by {row['logprob_mismatch']:.2e} on average (rounding is below "
-                    f"{limit:.0e}): the sampler and the trainer do not compute the same policy",
+                    f"grpo step {step}: rollout and training log-probs differ by {row['logprob_mismatch']:.2e} on average "
+                    f"(rounding is below {limit:.0e}): the sampler and the trainer do not compute the same policy",
                     stacklevel=2,
                 )
             progress.advance(reward=row["reward_mean"], hit=row["hit_rate"], kl=row.get("kl", 0.0))

@@ -59,6 +59,7 @@ def make_grpo_step(policy: Policy, optimizer: optax.GradientTransformation, grpo
         old = jax.lax.stop_gradient(out.logp) if micro.logp_old is None else micro.logp_old
         tokens = GroupTokens(out.logp, old, out.logp_ref, out.kl, mask)
         terms = compute_grpo_terms(tokens, micro.advantage, grpo)
+        assert out.entropy is not None  # asked for in `options`
         gap = jnp.abs(jax.lax.stop_gradient(out.logp) - micro.logp_rollout) * mask
         sums = {
             **terms.sums,

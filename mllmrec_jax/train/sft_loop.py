@@ -37,9 +37,12 @@ def check_finite(stage: str, step: int, metrics: dict[str, float]) -> None:
 
 def to_sft_batch(batch: ExampleBatch, accumulation: int) -> SftBatch:
     """Rows [A * B, ...] of the loader as A micro-batches of groups with one completion, the answer."""
-    group = GroupBatch(batch.prompt, batch.prompt_length, batch.answer[:, None], batch.answer_length[:, None])
-    stacked = SftBatch(group, batch.history_mask)
-    return jax.tree.map(lambda x: jnp.asarray(x.reshape(accumulation, -1, *x.shape[1:])), stacked)
+
+    def cut(x: np.ndarray) -> jax.Array:
+        return jnp.asarray(x.reshape(accumulation, -1, *x.shape[1:]))
+
+    group = GroupBatch(cut(batch.prompt), cut(batch.prompt_length), cut(batch.answer[:, None]), cut(batch.answer_length[:, None]))
+    return SftBatch(group, cut(batch.history_mask))
 
 
 def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, identity: dict[str, Any], resume: bool) -> tuple[Any, int]:

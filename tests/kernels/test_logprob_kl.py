@@ -138,6 +138,7 @@ def test_masked_rows_give_zero_and_no_gradient_whatever_they_hold(backward):
 
     def loss(h):
         out = compute_logprobs(h, head, jnp.where(mask, target, -7), mask=mask, entropy=True, backward=backward, chunk_tokens=8)
+        assert out.entropy is not None
         return jnp.sum(out.logp) + jnp.sum(out.entropy)
 
     value, gradient = jax.value_and_grad(loss)(poisoned)
@@ -151,6 +152,7 @@ def test_own_reference_head_is_used():
     other = head[::-1]
     out = compute_logprobs(hidden, head, target, hidden_ref=hidden_ref, head_ref=other, kl=True, chunk_tokens=8)
     expected = compute_logprobs(hidden_ref, other, target, implementation="reference").logp
+    assert out.logp_ref is not None
     np.testing.assert_allclose(out.logp_ref, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -171,7 +173,9 @@ def test_no_buffer_of_tokens_by_vocabulary(backward):
         def function(h, w, t):
             return jnp.sum(compute_logprobs(h, w, t, backward=backward, implementation=implementation, chunk_tokens=chunk).logp)
 
-        return jax.jit(jax.grad(function)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(jax.grad(function)).lower(*shapes).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     logits = n * v * 4
     assert loss("reference") > logits

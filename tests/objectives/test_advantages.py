@@ -33,4 +33,4 @@ def test_groups_without_signal_are_found():
 
 def test_unknown_scale_is_named():
     with pytest.raises((ValueError, TypeError), match="scale"):
-        compute_advantages(REWARD, scale="std")
+        compute_advantages(REWARD, scale="std")  # pyright: ignore[reportArgumentType]: wrong on purpose

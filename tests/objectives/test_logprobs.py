@@ -73,7 +73,10 @@ def test_group_layout_equals_repeated_layout(g):
 def flops(policy, batch, *, temp: bool = False):
     weights = jnp.ones(batch.completion.shape)
     compiled = jax.jit(jax.grad(lambda t: total_logp(t, policy, batch, weights)[0])).lower(policy.trained).compile()
-    return compiled.memory_analysis().temp_size_in_bytes if temp else compiled.cost_analysis()["flops"]
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None
+    assert cost is not None
+    return memory.temp_size_in_bytes if temp else cost["flops"]
 
 
 def test_flop_ratio_is_the_formulas():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -83,6 +84,7 @@ def compute_logprobs(
     if hidden_ref is not None:
         hidden_ref, head_ref = jax.lax.stop_gradient((hidden_ref, head_ref))
 
+    out: Mapping[str, jax.Array | None]
     if implementation == "xla_chunked":
         out = logprobs_chunked(hidden, hidden_ref, head, head_ref, target, temperature, entropy, kl, backward, chunk_tokens)
     elif implementation == "reference":

@@ -15,7 +15,7 @@ def compute_logprobs_reference(
     *,
     temperature: float,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array | None]:
-    """(logp, logp_ref, entropy, kl), each [N]; holds [N, V] logits. Computes in float64 where x64 is on and the inputs are, else float32."""
+    """(logp, logp_ref, entropy, kl), each [N]; holds [N, V] logits. Computes in float64 where x64 is on and inputs are, else float32."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def log_softmax(states: jax.Array, head: jax.Array) -> jax.Array:

@@ -63,7 +63,7 @@ def _forward_chunk(
     logits = _logits(hidden, head, temperature)
     lse = jax.nn.logsumexp(logits, axis=-1)
     out = {"logp": _pick(logits, target) - lse}
-    p = jnp.exp(logits - lse[:, None]) if entropy or kl or direction else None
+    p = jnp.exp(logits - lse[:, None])  # the compiler drops it where nothing reads it
     if entropy:
         out["entropy"] = jnp.sum(p * (lse[:, None] - logits), axis=-1)  # lse outside the sum would cancel against it where p is near 1
     if hidden_ref is not None:
