@@ -30,6 +30,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
+    def clear(self) -> None:
+        """Deletes every checkpoint of this stage: it starts over."""
+        for step in self._manager.all_steps():
+            self._manager.delete(step)
+
     @property
     def latest_step(self) -> int | None:
         """Steps done at the newest whole checkpoint."""

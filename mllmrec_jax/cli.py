@@ -54,7 +54,7 @@ def _grpo(config: RunConfig, options: _Options) -> None:
 def _evaluate(config: RunConfig, options: _Options) -> None:
     from mllmrec_jax.pipeline import open_run
 
-    run = open_run(config, resume=True)
+    run = open_run(config, training=False)
     _announce(run.report(run.load_policies()), run.folder)
 
 
@@ -68,7 +68,7 @@ def _export(config: RunConfig, options: _Options) -> None:
     from mllmrec_jax.pipeline import export_stage, open_run
 
     folder = options.folder or config.output / config.name / f"{options.stage}-huggingface"
-    export_stage(open_run(config, resume=True), options.stage, folder)
+    export_stage(open_run(config, training=False), options.stage, folder)
     print(f"wrote {folder}")
 
 

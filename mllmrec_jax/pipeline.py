@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -17,8 +18,9 @@ from mllmrec_jax.baselines.covisitation import score_covisitation
 from mllmrec_jax.baselines.popularity import score_popularity
 from mllmrec_jax.checkpoint import Checkpoints
 from mllmrec_jax.config import ConfigError, RunConfig, fingerprint
+from mllmrec_jax.data.atomic import write_file
 from mllmrec_jax.data.candidates import locate_targets
-from mllmrec_jax.data.loader import iterate_all
+from mllmrec_jax.data.loader import check_buckets, iterate_all
 from mllmrec_jax.data.posterworld import build_world, oracle_scores
 from mllmrec_jax.data.records import Item
 from mllmrec_jax.data.splits import full_pasts
@@ -45,9 +47,15 @@ class RunFolderError(RuntimeError):
 
 def open_run_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:
     """`output`/`name`, refused where it holds another run's results and neither flag says what to do with them."""
+    if config.name in ("", ".", "..") or Path(config.name).name != config.name:
+        raise ConfigError(f"name: expected the name of one folder in {config.output}, got {config.name!r}")
     folder = config.output / config.name
     if folder.exists() and any(folder.iterdir()):
         if overwrite:
+            if not (folder / "provenance.json").is_file():
+                raise RunFolderError(
+                    f"{folder}: is not a run folder (no provenance.json), so --overwrite does not delete it; choose another --name"
+                )
             shutil.rmtree(folder)
         elif not resume:
             raise RunFolderError(
@@ -81,8 +89,11 @@ def make_base_model(config: RunConfig, prepared: Prepared) -> Decoder:
                 for id_ in sorted(prepared.dataset.items)
             ]
             set_item_rows(decoder, tokenizer.item_range[0], texts)
-    longest = max(int(shards.prompt_length.max()) for shards in (prepared.sft, prepared.grpo, prepared.test.shards))
-    check_positions(longest, int(prepared.sft.get_shape("answer")[1]), decoder.config.max_position)
+    for shards in (prepared.sft, prepared.grpo, prepared.test.shards, prepared.test_popularity.shards):
+        longest = int(shards.prompt_length.max())
+        new = shards.item_answer.shape[1] if shards is prepared.sft else max(config.grpo.max_new_tokens, shards.item_answer.shape[1])
+        check_positions(longest, new, decoder.config.max_position)
+        check_buckets(config.loader.buckets, longest)
     return decoder
 
 
@@ -109,12 +120,13 @@ def grpo_policy(config: RunConfig, sft: Policy, trained: Any) -> Policy:
 
 def _identity(config: RunConfig, stage: str, policy: Policy, shards: Any) -> dict[str, Any]:
     """What a checkpoint of `stage` belongs to."""
-    frozen = nnx.filter_state(policy.frozen, nnx.Param)
+    # In full mode nothing is frozen: a stage belongs to the weights it started from.
+    base = policy.frozen if getattr(config, stage).mode == "lora" else policy.trained
     return {
         "stage": stage,
         "config": fingerprint(getattr(config, stage), config.model, config.logprob, config.seed, list(config.loader.buckets)),
         "data": fingerprint(shards.manifest["provenance"]),
-        "base_weights": weights_hash(frozen) if jax.tree.leaves(frozen) else "all weights are trained",
+        "base_weights": weights_hash(base),
     }
 
 
@@ -131,19 +143,23 @@ class Run:
         """Runs (or finishes, or finds finished) SFT; returns its policy and trained weights."""
         policy = sft_policy(self.config, self.prepared)
         identity = _identity(self.config, "sft", policy, self.prepared.sft)
-        trained, _ = run_sft(self.config, policy, self.prepared.sft, folder=self.folder, identity=identity, resume=resume)
+        self._mark_unfinished("sft")
+        trained, steps = run_sft(self.config, policy, self.prepared.sft, folder=self.folder, identity=identity, resume=resume)
+        self._mark_finished("sft", steps)
         return policy, trained
 
     def load_sft(self) -> tuple[Policy, Any]:
         """The trained weights of a finished SFT stage.
 
         Raises:
-          CheckpointError: there is none in this folder.
+          RunFolderError: SFT is not finished in this folder.
+          CheckpointError: it belongs to another configuration.
         """
+        steps = self._require_finished("sft")
         policy = sft_policy(self.config, self.prepared)
         checkpoints = Checkpoints(self.folder / "checkpoints" / "sft", _identity(self.config, "sft", policy, self.prepared.sft))
         like = init_state(policy.trained, make_optimizer(self.config.sft.optimizer, 1))
-        return policy, TrainState(*checkpoints.restore(tuple(like))[1]).trained
+        return policy, TrainState(*checkpoints.restore(tuple(like), steps)[1]).trained
 
     def load_policies(self) -> dict[str, tuple[Policy, Any]]:
         """The finished stages of this folder: SFT, and GRPO where it is there."""
@@ -151,9 +167,9 @@ class Run:
         policies = {"sft": (sft, sft_trained)}
         policy = grpo_policy(self.config, sft, sft_trained)
         checkpoints = Checkpoints(self.folder / "checkpoints" / "grpo", _identity(self.config, "grpo", policy, self.prepared.grpo))
-        if checkpoints.latest_step is not None:
+        if self._marker("grpo").is_file():
             like = init_state(policy.trained, make_optimizer(self.config.grpo.optimizer, 1))
-            policies["grpo"] = (policy, TrainState(*checkpoints.restore(tuple(like))[1]).trained)
+            policies["grpo"] = (policy, TrainState(*checkpoints.restore(tuple(like), self._require_finished("grpo"))[1]).trained)
         return policies
 
     def grpo(self, sft: Policy, sft_trained: Any, *, resume: bool) -> tuple[Policy, Any]:
@@ -161,7 +177,8 @@ class Run:
         policy = grpo_policy(self.config, sft, sft_trained)
         shown = self.config.prompt.max_title_chars
         titles = {item.id: sanitise_text(item.title, shown) for item in self.prepared.dataset.items.values()}
-        trained, _ = run_grpo(
+        self._mark_unfinished("grpo")
+        trained, steps = run_grpo(
             self.config,
             policy,
             self.prepared.grpo,
@@ -171,7 +188,25 @@ class Run:
             identity=_identity(self.config, "grpo", policy, self.prepared.grpo),
             resume=resume,
         )
+        self._mark_finished("grpo", steps)
         return policy, trained
+
+    def _marker(self, stage: str) -> Path:
+        return self.folder / f"{stage}.finished"
+
+    def _mark_unfinished(self, stage: str) -> None:
+        self._marker(stage).unlink(missing_ok=True)
+
+    def _mark_finished(self, stage: str, steps: int) -> None:
+        write_file(self._marker(stage), f"{steps}\n".encode())
+
+    def _require_finished(self, stage: str) -> int:
+        """Steps of a finished stage; a half-trained one is never taken for it."""
+        if not self._marker(stage).is_file():
+            raise RunFolderError(
+                f"{self.folder}: expected a finished {stage} stage, found none; run `mllmrec {stage}` (with --resume to go on)"
+            )
+        return int(self._marker(stage).read_text())
 
     def floor_scores(self, lists: TestLists) -> dict[str, np.ndarray]:
         """Scores of everything that needs no language model, on the same lists."""
@@ -270,10 +305,19 @@ def _view(item: Item, folder: Path) -> ItemView:
     return ItemView(item.id, item.title, image, item.caption)
 
 
-def open_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> Run:
-    """Opens the run folder, writes what is known of the run, and prepares its data."""
-    folder = open_run_folder(config, resume=resume, overwrite=overwrite)
-    provenance = write_provenance(folder, config)
+def open_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, training: bool = True) -> Run:
+    """Opens the run folder, writes what is known of the run, and prepares its data.
+
+    With `training` False the folder must hold a run, whose provenance stays as it is.
+    """
+    if training:
+        folder = open_run_folder(config, resume=resume, overwrite=overwrite)
+        provenance = write_provenance(folder, config)
+    else:
+        folder = config.output / config.name
+        if not (folder / "provenance.json").is_file():
+            raise RunFolderError(f"{folder}: expected a run folder, found none; train first with `mllmrec run` or `mllmrec sft`")
+        provenance = json.loads((folder / "provenance.json").read_text())
     print(f"run folder {folder}; log-prob implementation: {config.logprob.implementation}; device: {provenance['device']['kind']}")
     return Run(config, folder, prepare_data(config), provenance)
 

@@ -14,11 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mllmrec_jax.checkpoint import CheckpointError, Checkpoints
-from mllmrec_jax.config import ConfigError, RunConfig, check_config, load_config
-from mllmrec_jax.pipeline import RunFolderError, open_run, run_all
+from mllmrec_jax.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, check_config, load_config
+from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.pipeline import RunFolderError, open_run, open_run_folder, run_all
 from mllmrec_jax.train.metrics_log import read_metrics
+from mllmrec_jax.train.sft_loop import run_sft
+from mllmrec_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer, split_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +64,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[
     """One uninterrupted run: its configuration, report and weights."""
     config = make_config(tmp_path_factory.mktemp("straight"))
     report = run_all(config)
-    run = open_run(config, resume=True)
+    run = open_run(config, training=False)
     weights = {name: jax.tree.map(np.asarray, trained) for name, (_, trained) in run.load_policies().items()}
     return config, report, weights
 
@@ -164,7 +168,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(straight):
 
 def test_other_base_weights_are_refused(straight):
     config, _, _ = straight
-    run = open_run(config, resume=True)
+    run = open_run(config, training=False)
     sft, trained = run.load_sft()
     moved = jax.tree.map(lambda x: x + 1e-3, trained)
     with pytest.raises(CheckpointError, match="base_weights"):
@@ -209,3 +213,57 @@ def test_disk_full_while_saving_keeps_the_earlier_checkpoints(tmp_path, monkeypa
     step, restored = Checkpoints(tmp_path / "c", {"config": "a"}).restore(state)
     assert step == 1
     np.testing.assert_array_equal(restored["w"], state["w"])
+
+
+def test_weight_decay_reaches_matrices_and_nothing_else(tmp_path):
+    """Stacked norms are [L, D] and once passed for matrices: a step without gradient must leave every norm and bias alone."""
+    model = Decoder(ModelConfig(family="qwen2", num_layers=2), vocab_size=50, rngs=nnx.Rngs(0))
+    policy = split_policy(model, "full")
+    started = jax.tree.map(lambda x: x + 1.0, policy.trained)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    state, _ = apply_gradients(init_state(started, optimizer), jax.tree.map(jnp.zeros_like, started), optimizer)
+    for (path, before), (_, after) in zip(nnx.to_flat_state(started), nnx.to_flat_state(state.trained), strict=True):
+        is_matrix = path[-1] in ("kernel", "embedding", "head")
+        assert bool(np.any(np.asarray(before[...]) != np.asarray(after[...]))) is is_matrix, path
+
+
+def test_training_a_stage_again_replaces_its_result(straight, tmp_path):
+    """Orbax passes over steps it already has: without clearing, the second training's weights would be lost in silence."""
+    config, _, _ = straight
+    config = dataclasses.replace(config, output=tmp_path)
+    run = open_run(config)
+    sft, _ = run.sft(resume=False)
+    policy = sft._replace(trained=jax.tree.map(lambda x: x * 1.01, sft.trained))
+    checkpoints = run.folder / "checkpoints" / "sft"
+    assert {path.name for path in checkpoints.iterdir() if path.name.isdigit()} == {"4", "6"}
+    trained, steps = run_sft(config, policy, run.prepared.sft, folder=run.folder, identity={"other": 1}, resume=False)
+    step, restored = Checkpoints(checkpoints, {"other": 1}).restore(tuple(init_state(trained, make_optimizer(config.sft.optimizer, 1))))
+    assert (step, steps) == (6, 6)
+    assert_equal(TrainState(*restored).trained, trained)
+
+
+def test_half_trained_sft_is_not_taken_for_a_finished_one(straight):
+    config, _, _ = straight
+    run = open_run(config, training=False)
+    marker = run.folder / "sft.finished"
+    content = marker.read_text()
+    marker.unlink()
+    try:
+        with pytest.raises(RunFolderError, match="finished sft"):
+            run.load_sft()
+    finally:
+        marker.write_text(content)
+
+
+@pytest.mark.parametrize("name", [".", "..", "", "a/b", "../x"])
+def test_names_that_leave_the_output_folder_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="name"):
+        open_run_folder(make_config(tmp_path, name=name), resume=False, overwrite=True)
+
+
+def test_overwrite_deletes_run_folders_only(tmp_path):
+    (tmp_path / "runs" / "toy").mkdir(parents=True)
+    (tmp_path / "runs" / "toy" / "thesis.tex").write_text("precious")
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        open_run_folder(make_config(tmp_path), resume=False, overwrite=True)
+    assert (tmp_path / "runs" / "toy" / "thesis.tex").is_file()

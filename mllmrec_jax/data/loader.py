@@ -23,6 +23,10 @@ from mllmrec_jax.data.shards import Shards
 MEMORY_BYTES = 1 << 30
 
 
+class LoaderError(ValueError):
+    """Batches that cannot be made; the message names the option, what it must be, and what it was."""
+
+
 class ExampleBatch(NamedTuple):
     """B examples; prompts are padded to the batch's bucket P'. NumPy."""
 
@@ -91,13 +95,15 @@ def check_buckets(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
     """The buckets to use: those given, or the longest prompt alone where none are.
 
     Raises:
-      ValueError: not ascending, or the longest prompt does not fit in the last.
+      LoaderError: not ascending, or the longest prompt does not fit in the last.
     """
     chosen = tuple(buckets) or (longest,)
     if list(chosen) != sorted(set(chosen)) or chosen[0] < 1:
-        raise ValueError(f"loader.buckets: expected ascending lengths, got {list(buckets)}")
+        raise LoaderError(f"loader.buckets: expected ascending lengths, got {list(buckets)}")
     if chosen[-1] < longest:
-        raise ValueError(f"loader.buckets: expected the last to hold the longest prompt, {longest} tokens, got {chosen[-1]}; add {longest}")
+        raise LoaderError(
+            f"loader.buckets: expected the last to hold the longest prompt, {longest} tokens, got {chosen[-1]}; add {longest}"
+        )
     return chosen
 
 
@@ -178,16 +184,16 @@ class Loader:
         memory_bytes: int,
     ):
         if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index: expected 0 to {process_count - 1} (process_count = {process_count}), got {process_index}")
+            raise LoaderError(f"process_index: expected 0 to {process_count - 1} (process_count = {process_count}), got {process_index}")
         if shards.rows < batch_size * process_count:
-            raise ValueError(
+            raise LoaderError(
                 f"batch_size: expected at most the {shards.rows} examples in {shards.folder}, got {batch_size} x {process_count} processes"
             )
         self.buckets = check_buckets(buckets, int(shards.prompt_length.max()))
         self.steps_per_epoch = shards.rows // (batch_size * process_count)
         self.total_steps = self.steps_per_epoch * epochs
         if not 0 <= start_step <= self.total_steps:
-            raise ValueError(f"start_step: expected 0 to {self.total_steps} ({epochs} epochs of {self.steps_per_epoch}), got {start_step}")
+            raise LoaderError(f"start_step: expected 0 to {self.total_steps} ({epochs} epochs of {self.steps_per_epoch}), got {start_step}")
         self._start, self._prefetch, self._threads = start_step, prefetch, threads
         self._mine = slice(process_index * batch_size, (process_index + 1) * batch_size)
         self._reader = _RowReader(shards, memory_bytes)
@@ -242,7 +248,7 @@ def make_loader(
       memory_bytes: examples that take no more are held in memory.
 
     Raises:
-      ValueError: fewer examples than a global batch, a bucket too short, or a number out of range.
+      LoaderError: fewer examples than a global batch, a bucket too short, or a number out of range.
     """
     return Loader(
         shards,
@@ -279,7 +285,7 @@ def iterate_all(
       memory_bytes: examples that take no more are held in memory.
 
     Raises:
-      ValueError: a bucket is too short.
+      LoaderError: a bucket is too short.
     """
     chosen = check_buckets(buckets, int(shards.prompt_length.max()))
     wanted = np.arange(shards.rows) if rows is None else np.asarray(rows, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Mapping
@@ -102,7 +103,7 @@ def to_grpo_batch(sampled: Sampled, grpo: GrpoConfig) -> GrpoBatch:
     """A scored rollout as micro-batches, completions cut to the next standard width."""
     rollout = sampled.rollout
     longest = int(rollout.completion_length.max())
-    width = min(grpo.max_new_tokens, next(w for w in COMPLETION_WIDTHS if w >= longest))
+    width = min(grpo.max_new_tokens, next((w for w in COMPLETION_WIDTHS if w >= longest), grpo.max_new_tokens))
     advantage = compute_advantages(jnp.asarray(sampled.rewards.reward), scale=grpo.scale_rewards)
     prompt, prompt_length = jnp.asarray(sampled.batch.prompt), jnp.asarray(sampled.batch.prompt_length)
     group = GroupBatch(prompt, prompt_length, rollout.completion[..., :width], rollout.completion_length)
@@ -140,7 +141,8 @@ def run_grpo(
     `titles` (item id -> title as prompts show it) serves `reward.require_title`. Resumes like `run_sft`.
 
     Raises:
-      TrainingError: a loss or gradient is not finite, or the data do not fill one batch.
+      TrainingError: a loss or gradient is not finite.
+      LoaderError: the data do not fill one batch.
       CheckpointError: a checkpoint cannot be written or belongs to another run.
       ConfigError: prompt and completion do not fit the model.
     """
@@ -148,7 +150,9 @@ def run_grpo(
     check_positions(int(shards.prompt_length.max()), grpo.max_new_tokens, merge_policy(policy).config.max_position)
     warn_about_k1(grpo.kl_estimator, grpo.beta)
     checkpoints = Checkpoints(folder / "checkpoints" / "grpo", identity)
-    start = (checkpoints.latest_step or 0) if resume else 0
+    if not resume:
+        checkpoints.clear()
+    start = checkpoints.latest_step or 0
     loader = make_loader(
         shards,
         batch_size=grpo.batch_size * grpo.accumulation,
@@ -172,6 +176,7 @@ def run_grpo(
     clock = ReadyClock()
     limit = MISMATCH_LIMIT[merge_policy(policy).config.dtype]
     with (
+        contextlib.closing(checkpoints),
         MetricsLog(folder, "grpo", start_step=start) as log,
         Progress(total=total, completed=start, description="grpo", unit="step") as progress,
     ):
@@ -218,6 +223,5 @@ def run_grpo(
                 checkpoints.save(step + 1, jax.tree.map(jnp.copy, tuple(state)))
         if pending is not None:
             finish(*pending)
-    checkpoints.save(total, tuple(state))
-    checkpoints.close()
+        checkpoints.save(total, tuple(state))
     return state.trained, total

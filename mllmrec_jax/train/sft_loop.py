@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,15 @@ def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, 
     Continues from the newest checkpoint in `folder`/checkpoints/sft where `resume` is set: to the same floats as an uninterrupted run.
 
     Raises:
-      TrainingError: a loss or gradient is not finite, or the data do not fill one batch.
+      TrainingError: a loss or gradient is not finite.
+      LoaderError: the data do not fill one batch.
       CheckpointError: a checkpoint cannot be written or belongs to another run.
     """
     sft = config.sft
     checkpoints = Checkpoints(folder / "checkpoints" / "sft", identity)
-    start = (checkpoints.latest_step or 0) if resume else 0
+    if not resume:
+        checkpoints.clear()
+    start = checkpoints.latest_step or 0
     loader = make_loader(
         shards,
         batch_size=sft.batch_size * sft.accumulation,
@@ -75,6 +79,7 @@ def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, 
     if start:
         state = TrainState(*checkpoints.restore(tuple(state), start)[1])
     with (
+        contextlib.closing(checkpoints),
         MetricsLog(folder, "sft", start_step=start) as log,
         Progress(total=total, completed=start, description="sft", unit="step") as progress,
     ):
@@ -100,6 +105,5 @@ def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, 
                 checkpoints.save(step + 1, jax.tree.map(jnp.copy, tuple(state)))
         if pending is not None:
             finish(total - 1, pending)
-    checkpoints.save(total, tuple(state))
-    checkpoints.close()
+        checkpoints.save(total, tuple(state))
     return state.trained, total

@@ -69,7 +69,12 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     """AdamW (arXiv:1711.05101) behind global-norm clipping; weight decay reaches matrices only, never norms or biases."""
 
     def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.shape[-1] > 1 and x.ndim >= 2 and min(x.shape[-2:]) > 1, params)
+        # By name: stacked norms and biases are [L, D] and look like matrices.
+        def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
+            names = {str(getattr(part, "key", getattr(part, "name", part))) for part in path}
+            return not names & {"weight", "bias"}
+
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
 
     steps = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
     adamw = optax.adamw(

@@ -103,8 +103,11 @@ def test_peak_memory_does_not_grow_with_prompt_times_group():
     # Repeating 32 more prompts would keep at least one residual stream each, per layer.
     repeated = 32 * p * config.hidden_size * 4 * config.num_layers
     assert growth < repeated / 2
-    # What G adds is the same whether the prompt is long or four times shorter.
-    assert growth == pytest.approx(growth_short, rel=0.25)
+    # Held scores of 32 more members would be this much; blocks hold those of 16 members at a time.
+    scores = 32 * c * p * config.num_heads * 4
+    assert growth < scores / 8
+    # What G adds would be four times as much at four times the prompt, if it grew with G x P.
+    assert growth < 2 * growth_short
 
 
 def test_tokens_past_the_end_are_zero_and_do_not_matter():
