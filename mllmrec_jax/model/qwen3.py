@@ -50,6 +50,11 @@ class Attention(nnx.Module):
         self.k_proj = Linear(config.hidden_size, kv_inner, stack=stack, bias=bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(config.hidden_size, kv_inner, stack=stack, bias=bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(inner, config.hidden_size, stack=stack, bias=False, dtype=dtype, rngs=rngs)
+        # A random W_O leaves copying to be found by chance. W_O = W_V^T of its head makes each value pass through as it came, so that a
+        # model trained from random weights reads lists within minutes (after Trockman and Kolter 2023, arXiv:2305.09828).
+        v = jnp.swapaxes(self.v_proj.kernel[...], -1, -2).reshape(*stack, config.num_kv_heads, 1, config.head_dim, config.hidden_size)
+        repeated = jnp.broadcast_to(v, (*stack, config.num_kv_heads, config.num_heads // config.num_kv_heads, *v.shape[-2:]))
+        self.o_proj.kernel[...] = repeated.reshape(self.o_proj.kernel[...].shape)
         normed = config.family == "qwen3"
         self.q_norm = RMSNorm(config.head_dim, stack=stack, eps=config.norm_eps, dtype=dtype) if normed else None
         self.k_norm = RMSNorm(config.head_dim, stack=stack, eps=config.norm_eps, dtype=dtype) if normed else None
