@@ -17,7 +17,7 @@ from mllmrec_jax.objectives.logprobs import completion_logprobs, encode_predicti
 V, P, G, C = 41, 9, 4, 6
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, max_position=64,
-    dtype="float32", param_dtype="float32",
+    dtype="float32", param_dtype="float32", tie_embeddings=False,
 )  # fmt: skip
 
 
@@ -25,7 +25,8 @@ CONFIG = ModelConfig(
 def model() -> Decoder:
     model = Decoder(CONFIG, vocab_size=V, rngs=nnx.Rngs(0))
     add_adapters(model, LoraConfig(rank=4), rngs=nnx.Rngs(1))
-    model.embedding[...] = model.embedding[...] * 2.5  # a policy with opinions, but not only one
+    assert model.head is not None  # tied, a random model repeats its last token for ever
+    model.head[...] = model.head[...] * 3
     return model
 
 
