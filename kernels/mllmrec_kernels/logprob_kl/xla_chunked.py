@@ -80,6 +80,20 @@ def _forward_chunk(
     return out
 
 
+def _map_forward(hidden, hidden_ref, head, head_ref, target, temperature, entropy, kl, direction, chunk):
+    """The forward pass over row chunks; with `direction`, also what the accumulate backward needs."""
+    forward = functools.partial(
+        _forward_chunk,
+        head=head,
+        head_ref=head if head_ref is None else head_ref,
+        temperature=temperature,
+        entropy=entropy,
+        kl=kl,
+        direction=direction,
+    )
+    return _map_chunks(forward, (hidden, hidden_ref, target), chunk)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
 def logprobs_chunked(
     hidden: jax.Array,
@@ -94,29 +108,12 @@ def logprobs_chunked(
     chunk: int,
 ) -> dict[str, jax.Array]:
     """See `api.compute_logprobs`; `target` is in range and rows are already masked."""
-    forward = functools.partial(
-        _forward_chunk,
-        head=head,
-        head_ref=head if head_ref is None else head_ref,
-        temperature=temperature,
-        entropy=entropy,
-        kl=kl,
-        direction=False,
-    )
-    return _map_chunks(forward, (hidden, hidden_ref, target), chunk)
+    del backward  # chosen when a gradient is taken
+    return _map_forward(hidden, hidden_ref, head, head_ref, target, temperature, entropy, kl, False, chunk)
 
 
 def _forward(hidden, hidden_ref, head, head_ref, target, temperature, entropy, kl, backward, chunk):
-    forward = functools.partial(
-        _forward_chunk,
-        head=head,
-        head_ref=head if head_ref is None else head_ref,
-        temperature=temperature,
-        entropy=entropy,
-        kl=kl,
-        direction=backward == "accumulate",
-    )
-    out = _map_chunks(forward, (hidden, hidden_ref, target), chunk)
+    out = _map_forward(hidden, hidden_ref, head, head_ref, target, temperature, entropy, kl, backward == "accumulate", chunk)
     direction = out.pop("direction", None)
     return out, (hidden, hidden_ref, head, head_ref, target, direction)
 
