@@ -1,23 +1,30 @@
 # `make quickstart` and `make test` need Python 3.11 or later, make and a package index; they create .venv themselves.
 #   PYTHON=python3.12        the interpreter the environment is made with
+#   PYTHON312=python3.12     the interpreter, 3.12 or later, of the second environment (`make test-gpu-lowering`)
 #   PIP_ARGS="..."           more arguments for pip; on Linux, torch without CUDA:
 #                            PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   ARGS="--seed 1"          more arguments for `mllmrec run quickstart`
 #   PYTEST_ARGS="-k splits"  more arguments for pytest
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV ?= .venv
+LOWERING_VENV ?= .venv-gpu-lowering
 PIP_ARGS ?=
 ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+LOWERING_BIN := $(LOWERING_VENV)/bin
 REQUIREMENTS := pyproject.toml setup.py constraints.txt
+# Installed first and by itself, so that nothing newer is fetched; torch's CUDA build, where an index gives that one, replaces it.
+TRITON := "triton==3.6.0; sys_platform == 'linux'"
 
-.PHONY: help quickstart test test-fast wheel-test lint format typecheck env env-dev clean
+.PHONY: help quickstart test test-fast test-gpu-lowering wheel-test lint format typecheck env env-dev env-gpu-lowering clean
 
 help:
-	@echo "make quickstart | test | test-fast | wheel-test | lint | format | typecheck | env | env-dev | clean"
+	@echo "make quickstart | test | test-fast | test-gpu-lowering | wheel-test | lint | format | typecheck"
+	@echo "     env | env-dev | env-gpu-lowering | clean"
 
 quickstart: $(VENV)/.installed
 	$(BIN)/mllmrec run quickstart $(ARGS)
@@ -27,6 +34,12 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# On the JAX release that GPUs run, without a GPU and without torch: programs lowered for CUDA, then every test that needs neither.
+# Kernels are interpreted or compiled, one or the other in a process: hence two.
+test-gpu-lowering: $(LOWERING_VENV)/.installed
+	TRITON_INTERPRET=0 MLLMREC_TRITON_DEVICE=sm_90 $(LOWERING_BIN)/python -m pytest -m gpu_lowering $(PYTEST_ARGS)
+	$(LOWERING_BIN)/python -m pytest -m "not slow and not gpu_lowering" $(PYTEST_ARGS)
 
 # The wheel in an environment of its own, with its dependencies installed from the index (`make test` borrows them instead).
 wheel-test: $(VENV)/.installed-dev
@@ -45,6 +58,7 @@ typecheck: $(VENV)/.installed-dev
 
 env: $(VENV)/.installed
 env-dev: $(VENV)/.installed-dev
+env-gpu-lowering: $(LOWERING_VENV)/.installed
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -55,9 +69,23 @@ $(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
+$(VENV)/.installed-dev: $(REQUIREMENTS) Makefile | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps $(TRITON)
 	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
 	@touch $@ $(VENV)/.installed
 
+$(LOWERING_BIN)/python:
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "error: $(PYTHON312) is not Python 3.12 or later, which jax 0.11 needs; name one: make PYTHON312=/path/to/python3.12 ..." >&2; \
+	    exit 1; }
+	$(PYTHON312) -m venv $(LOWERING_VENV)
+
+# The plugin's dependencies are the CUDA libraries, gigabytes that only a program that runs on a GPU needs.
+$(LOWERING_VENV)/.installed: $(REQUIREMENTS) Makefile | $(LOWERING_BIN)/python
+	$(LOWERING_BIN)/python -m pip install $(PIP_ARGS) --no-deps $(TRITON)
+	$(LOWERING_BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".[gpu-lowering]"
+	$(LOWERING_BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --no-deps jax-cuda13-plugin
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .jax_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWERING_VENV) build dist *.egg-info .jax_cache .pytest_cache .ruff_cache .hypothesis

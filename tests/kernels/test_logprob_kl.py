@@ -1,4 +1,6 @@
-"""compute_logprobs against float64, and its promise never to hold tokens x vocabulary."""
+"""compute_logprobs against float64, and its promise never to hold tokens x vocabulary. Triton kernels run in their interpreter."""
+
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import pytest
 
 from mllmrec_kernels.logprob_kl import compute_logprobs
 
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla_chunked", TRITON])
 N, D, V = 37, 24, 211  # ragged against every chunk size below
 
 
@@ -36,8 +40,10 @@ def float64_outputs(hidden, hidden_ref, head, target, temperature):
     }
 
 
-@pytest.mark.parametrize("implementation", ["xla_chunked", "reference"])
-@pytest.mark.parametrize("chunk", [8, 37, 64])
+@pytest.mark.parametrize(
+    ("implementation", "chunk"),
+    [("xla_chunked", 8), ("xla_chunked", 37), ("xla_chunked", 64), ("reference", 64), pytest.param("triton", 64, marks=TRITON.marks)],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.9])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-5)])
 def test_values_match_float64(implementation, chunk, temperature, dtype, tolerance):
@@ -53,9 +59,12 @@ def test_values_match_float64(implementation, chunk, temperature, dtype, toleran
         np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def test_large_logits_stay_finite_and_right():
+@IMPLEMENTATIONS
+def test_large_logits_stay_finite_and_right(implementation):
     hidden, hidden_ref, head, target = make_inputs(scale=80.0)
-    out = compute_logprobs(hidden, head, target, hidden_ref=hidden_ref, entropy=True, kl=True, chunk_tokens=8)
+    out = compute_logprobs(
+        hidden, head, target, hidden_ref=hidden_ref, entropy=True, kl=True, implementation=implementation, chunk_tokens=8
+    )  # fmt: skip
     for name, expected in float64_outputs(hidden, hidden_ref, head, np.asarray(target), 1.0).items():
         np.testing.assert_allclose(getattr(out, name), expected, rtol=1e-5, atol=2e-4, err_msg=name)
 
@@ -70,35 +79,40 @@ def weighted_sum(hidden, head, target, weights, **options):
     return total
 
 
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("chunk", [8, 64])
-def test_recompute_gradients_match_reference(chunk):
+def test_recompute_gradients_match_reference(implementation, chunk):
     hidden, hidden_ref, head, target = make_inputs()
     weights = jax.random.normal(jax.random.key(9), (3, N))
     options = {"hidden_ref": hidden_ref, "temperature": 0.7, "entropy": True, "kl": True}
     gradient = jax.grad(weighted_sum, argnums=(0, 1))
     expected = gradient(hidden, head, target, weights, implementation="reference", **options)
-    actual = gradient(hidden, head, target, weights, implementation="xla_chunked", chunk_tokens=chunk, **options)
+    actual = gradient(hidden, head, target, weights, implementation=implementation, chunk_tokens=chunk, **options)
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_accumulate_gives_the_gradient_of_logp_to_hidden_alone():
+@IMPLEMENTATIONS
+def test_accumulate_gives_the_gradient_of_logp_to_hidden_alone(implementation):
     hidden, _, head, target = make_inputs()
     weights = jax.random.normal(jax.random.key(9), (3, N))
     gradient = jax.grad(weighted_sum, argnums=(0, 1))
     expected = gradient(hidden, head, target, weights, implementation="reference")[0]
-    actual, to_head = gradient(hidden, head, target, weights, backward="accumulate", entropy=True, chunk_tokens=8)
+    options = {"backward": "accumulate", "entropy": True, "implementation": implementation, "chunk_tokens": 8}
+    actual, to_head = gradient(hidden, head, target, weights, **options)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     assert not np.any(to_head)
 
 
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("backward", ["accumulate", "recompute"])
-def test_gradient_near_certainty_does_not_cancel(backward):
+def test_gradient_near_certainty_does_not_cancel(implementation, backward):
     """Where p_t is 1 - 1e-6, the gradient is tiny and must still be right: 1 - p_t is never formed from a rounded p_t."""
     head = jax.random.normal(jax.random.key(0), (V, D)) * 0.1
     target = jnp.arange(N) % V
     hidden = head[target] / jnp.sum(jnp.square(head[target]), axis=1, keepdims=True) * 18.0
-    gradient = jax.grad(lambda h: jnp.sum(compute_logprobs(h, head, target, backward=backward, chunk_tokens=8).logp))(hidden)
+    options = {"backward": backward, "implementation": implementation, "chunk_tokens": 8}
+    gradient = jax.grad(lambda h: jnp.sum(compute_logprobs(h, head, target, **options).logp))(hidden)
     z = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
     p = np.exp(z - z.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
@@ -110,12 +124,14 @@ def test_gradient_near_certainty_does_not_cancel(backward):
     np.testing.assert_allclose(np.asarray(gradient)[certain] / scale, expected[certain] / scale, atol=2e-3)
 
 
-def test_finite_differences():
+@IMPLEMENTATIONS
+def test_finite_differences(implementation):
     hidden, hidden_ref, head, target = make_inputs(3)
     weights = jax.random.normal(jax.random.key(9), (3, N))
 
     def loss(h):
-        return weighted_sum(h, head, target, weights, hidden_ref=hidden_ref, entropy=True, kl=True, chunk_tokens=8)
+        options = {"entropy": True, "kl": True, "implementation": implementation, "chunk_tokens": 8}
+        return weighted_sum(h, head, target, weights, hidden_ref=hidden_ref, **options)
 
     direction = jax.random.normal(jax.random.key(5), hidden.shape)
     step = 1e-2
@@ -123,21 +139,24 @@ def test_finite_differences():
     np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(hidden), direction), numeric, rtol=2e-3)
 
 
-def test_same_policy_and_reference_have_no_kl():
+@IMPLEMENTATIONS
+def test_same_policy_and_reference_have_no_kl(implementation):
     hidden, _, head, target = make_inputs()
-    out = compute_logprobs(hidden, head, target, hidden_ref=hidden, kl=True, chunk_tokens=8)
+    out = compute_logprobs(hidden, head, target, hidden_ref=hidden, kl=True, implementation=implementation, chunk_tokens=8)
     assert not np.any(out.kl)
     np.testing.assert_array_equal(out.logp, out.logp_ref)
 
 
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("backward", ["accumulate", "recompute"])
-def test_masked_rows_give_zero_and_no_gradient_whatever_they_hold(backward):
+def test_masked_rows_give_zero_and_no_gradient_whatever_they_hold(implementation, backward):
     hidden, _, head, target = make_inputs()
     mask = jnp.arange(N) % 3 != 0
     poisoned = jnp.where(mask[:, None], hidden, jnp.nan)
 
     def loss(h):
-        out = compute_logprobs(h, head, jnp.where(mask, target, -7), mask=mask, entropy=True, backward=backward, chunk_tokens=8)
+        options = {"entropy": True, "backward": backward, "implementation": implementation, "chunk_tokens": 8}
+        out = compute_logprobs(h, head, jnp.where(mask, target, -7), mask=mask, **options)
         assert out.entropy is not None
         return jnp.sum(out.logp) + jnp.sum(out.entropy)
 
@@ -147,18 +166,22 @@ def test_masked_rows_give_zero_and_no_gradient_whatever_they_hold(backward):
     assert np.all(np.isfinite(gradient))
 
 
-def test_own_reference_head_is_used():
+@IMPLEMENTATIONS
+def test_own_reference_head_is_used(implementation):
     hidden, hidden_ref, head, target = make_inputs()
     other = head[::-1]
-    out = compute_logprobs(hidden, head, target, hidden_ref=hidden_ref, head_ref=other, kl=True, chunk_tokens=8)
-    expected = compute_logprobs(hidden_ref, other, target, implementation="reference").logp
-    assert out.logp_ref is not None
-    np.testing.assert_allclose(out.logp_ref, expected, rtol=1e-5, atol=1e-5)
+    both = {"hidden_ref": hidden_ref, "head_ref": other, "kl": True}
+    out = compute_logprobs(hidden, head, target, implementation=implementation, chunk_tokens=8, **both)
+    expected = compute_logprobs(hidden, head, target, implementation="reference", **both)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_bitwise_repeatable():
+@IMPLEMENTATIONS
+def test_bitwise_repeatable(implementation):
     hidden, hidden_ref, head, target = make_inputs()
-    function = jax.jit(lambda h: compute_logprobs(h, head, target, hidden_ref=hidden_ref, kl=True, entropy=True, chunk_tokens=8))
+    options = {"hidden_ref": hidden_ref, "kl": True, "entropy": True, "implementation": implementation, "chunk_tokens": 8}
+    function = jax.jit(lambda h: compute_logprobs(h, head, target, **options))
     for a, b in zip(function(hidden), function(hidden), strict=True):
         np.testing.assert_array_equal(a, b)
 

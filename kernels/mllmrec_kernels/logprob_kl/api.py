@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mllmrec_kernels.logprob_kl.logprobs import Heads, Options, RowInputs, VocabSharding, map_logprobs
+from mllmrec_kernels.logprob_kl.moments import Rows
 from mllmrec_kernels.logprob_kl.reference import compute_logprobs_reference
-from mllmrec_kernels.logprob_kl.xla_chunked import logprobs_chunked
+from mllmrec_kernels.triton_launch import find_device, is_interpreted
 
-Implementation = Literal["xla_chunked", "reference"]
+Implementation = Literal["triton", "xla_chunked", "reference"]
 Backward = Literal["accumulate", "recompute"]
 
 
@@ -39,6 +42,7 @@ def compute_logprobs(
     backward: Backward = "recompute",
     implementation: Implementation = "xla_chunked",
     chunk_tokens: int = 1024,
+    sharding: VocabSharding | None = None,
 ) -> LogprobOutput:
     """log softmax(hidden head^T / temperature) at `target`, and what GRPO needs beside it.
 
@@ -54,11 +58,13 @@ def compute_logprobs(
       kl: also return the exact sum_v p_v (log p_v - log q_v); needs `hidden_ref`.
       backward: "accumulate": gradient of logp to `hidden` only (frozen head; entropy and kl are constants), two passes over the head's
         FLOPs in all; "recompute": every gradient, head included, at one pass more (two with the head's).
-      implementation: "xla_chunked" holds [chunk_tokens, V] logits at a time, "reference" holds [N, V].
-      chunk_tokens: rows of logits held at a time.
+      implementation: "triton" (NVIDIA GPU) holds no logits in the forward pass and a bounded chunk in the backward pass, "xla_chunked"
+        holds [chunk_tokens, V] of them at a time, "reference" holds [N, V]. Never replaced by another.
+      chunk_tokens: rows of logits that "xla_chunked" holds at a time.
+      sharding: where rows and vocabulary lie on a mesh; None is one device (or, for "reference", whatever the compiler derives).
 
     Raises:
-      ValueError: shapes, options or the implementation's name do not fit.
+      ValueError: shapes, options or the implementation's name do not fit, or there is no device for "triton".
     """
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(f"hidden and head: must be [N, D] and [V, D], were {hidden.shape} and {head.shape}")
@@ -77,6 +83,9 @@ def compute_logprobs(
     if backward not in ("accumulate", "recompute"):
         raise ValueError(f"backward: must be 'accumulate' or 'recompute', was {backward!r}")
 
+    if sharding is not None:
+        _check_sharding(sharding, hidden.shape[0], head.shape[0])
+
     if mask is not None:
         hidden = jnp.where(mask[:, None], hidden, 0)
         hidden_ref = None if hidden_ref is None else jnp.where(mask[:, None], hidden_ref, 0)
@@ -84,25 +93,47 @@ def compute_logprobs(
     if hidden_ref is not None:
         hidden_ref, head_ref = jax.lax.stop_gradient((hidden_ref, head_ref))
 
-    out: Mapping[str, jax.Array | None]
-    if implementation == "xla_chunked":
-        out = logprobs_chunked(hidden, hidden_ref, head, head_ref, target, temperature, entropy, kl, backward, chunk_tokens)
-    elif implementation == "reference":
+    if implementation == "reference":
         logp, logp_ref, entropy_N, kl_N = compute_logprobs_reference(hidden, hidden_ref, head, head_ref, target, temperature=temperature)
-        out = {"logp": logp, "logp_ref": logp_ref, "entropy": entropy_N if entropy else None, "kl": kl_N if kl else None}
+    elif implementation in ("triton", "xla_chunked"):
+        options = Options(temperature, entropy, kl, backward, implementation, chunk_tokens, sharding)
+        out: Rows = map_logprobs(RowInputs(hidden, hidden_ref, target.astype(jnp.int32)), Heads(head, head_ref), options)
+        logp, logp_ref, entropy_N, kl_N = out.logp, out.logp_ref, out.entropy, out.kl
     else:
-        raise ValueError(f"implementation: must be 'xla_chunked' or 'reference', was {implementation!r}")
+        raise ValueError(f"implementation: must be 'triton', 'xla_chunked' or 'reference', was {implementation!r}")
 
-    def finish(values: jax.Array | None, constant: bool) -> jax.Array | None:
-        if values is None:
+    def finish(values: jax.Array | None, *, wanted: bool, constant: bool) -> jax.Array | None:
+        if values is None or not wanted:
             return None
         values = jax.lax.stop_gradient(values) if constant else values
         return values if mask is None else jnp.where(mask, values, 0)
 
     accumulate = backward == "accumulate"
     return LogprobOutput(
-        logp=finish(out["logp"], False),  # type: ignore[arg-type]
-        logp_ref=finish(out.get("logp_ref"), True),
-        entropy=finish(out.get("entropy"), accumulate),
-        kl=finish(out.get("kl"), accumulate),
+        logp=finish(logp, wanted=True, constant=False),  # type: ignore[arg-type]
+        logp_ref=finish(logp_ref, wanted=True, constant=True),
+        entropy=finish(entropy_N, wanted=entropy, constant=accumulate),
+        kl=finish(kl_N, wanted=kl, constant=accumulate),
     )
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises before anything is computed where `implementation` cannot run here.
+
+    Raises:
+      ValueError: "triton" without an NVIDIA GPU or without its packages.
+    """
+    if implementation == "triton":
+        find_device()
+        missing = [name for name in ("triton", "jax_triton") if find_spec(name) is None and not (is_interpreted() and name == "jax_triton")]
+        if missing:
+            raise ValueError(f"implementation 'triton': {' and '.join(missing)} not installed; pip install 'mllmrec-jax[gpu]'")
+
+
+def _check_sharding(sharding: VocabSharding, tokens: int, vocabulary: int) -> None:
+    rows = math.prod(sharding.mesh.shape[axis] for axis in sharding.row_axes)
+    parts = 1 if sharding.vocab_axis is None else sharding.mesh.shape[sharding.vocab_axis]
+    if tokens % rows:
+        raise ValueError(f"sharding: N = {tokens} rows do not divide over {rows} devices of the axes {sharding.row_axes}")
+    if vocabulary % parts:
+        raise ValueError(f"sharding: a vocabulary of {vocabulary} does not divide over {parts} devices of the axis {sharding.vocab_axis!r}")
