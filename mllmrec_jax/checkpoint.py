@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+# Orbax logs a traceback for each of its threads that fails; the same error is raised here, once.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
 
 
 class CheckpointError(RuntimeError):
@@ -27,7 +31,8 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: dict[str, Any], *, keep: int = 2):
         self.folder = folder.absolute()
         self.identity = json.loads(json.dumps(identity))
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        # Half-written checkpoints of a killed or failed run take room, and are never read.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def clear(self) -> None:

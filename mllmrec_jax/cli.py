@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -18,53 +19,44 @@ from mllmrec_jax.resources import find_config
 
 INTERRUPTED = 130
 
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """Options of a command that are not part of a run's configuration."""
-
-    resume: bool
-    overwrite: bool
-    json: Path | None
-    repeats: int
-    stage: str
-    folder: Path | None
+_RESUME = ("--resume", {"action": "store_true", "help": "go on with the run folder"})
+_OVERWRITE = ("--overwrite", {"action": "store_true", "help": "delete the run folder and start over"})
 
 
-def _prepare(config: RunConfig, options: _Options) -> None:
+def _prepare(config: RunConfig, options: argparse.Namespace) -> None:
     from mllmrec_jax.prepare import prepare_data
 
     for note in prepare_data(config).notes:
         print(note)
 
 
-def _sft(config: RunConfig, options: _Options) -> None:
+def _sft(config: RunConfig, options: argparse.Namespace) -> None:
     from mllmrec_jax.pipeline import open_run
 
     open_run(config, resume=options.resume, overwrite=options.overwrite).sft(resume=options.resume)
 
 
-def _grpo(config: RunConfig, options: _Options) -> None:
+def _grpo(config: RunConfig, options: argparse.Namespace) -> None:
     from mllmrec_jax.pipeline import open_run
 
     run = open_run(config, resume=True)
     run.grpo(*run.load_sft(), resume=options.resume)
 
 
-def _evaluate(config: RunConfig, options: _Options) -> None:
+def _evaluate(config: RunConfig, options: argparse.Namespace) -> None:
     from mllmrec_jax.pipeline import open_run
 
     run = open_run(config, training=False)
     _announce(run.report(run.load_policies()), run.folder)
 
 
-def _run(config: RunConfig, options: _Options) -> None:
+def _run(config: RunConfig, options: argparse.Namespace) -> None:
     from mllmrec_jax.pipeline import run_all
 
     _announce(run_all(config, resume=options.resume, overwrite=options.overwrite), config.output / config.name)
 
 
-def _export(config: RunConfig, options: _Options) -> None:
+def _export(config: RunConfig, options: argparse.Namespace) -> None:
     from mllmrec_jax.pipeline import export_stage, open_run
 
     folder = options.folder or config.output / config.name / f"{options.stage}-huggingface"
@@ -72,7 +64,7 @@ def _export(config: RunConfig, options: _Options) -> None:
     print(f"wrote {folder}")
 
 
-def _bench(config: RunConfig, options: _Options) -> None:
+def _bench(config: RunConfig, options: argparse.Namespace) -> None:
     from mllmrec_jax.bench import bench_step
 
     result = bench_step(config, repeats=options.repeats)
@@ -83,14 +75,36 @@ def _bench(config: RunConfig, options: _Options) -> None:
         options.json.write_text(text + "\n", encoding="utf-8")
 
 
-COMMANDS: dict[str, tuple[Callable[[RunConfig, _Options], None], str]] = {
-    "prepare": (_prepare, "read or generate the data, freeze candidates, write verified shards"),
-    "sft": (_sft, "supervised fine-tuning"),
-    "grpo": (_grpo, "GRPO on the SFT result of the same run folder"),
-    "evaluate": (_evaluate, "rank with what the run folder holds; write report.json and report.html"),
-    "run": (_run, "all of these: prepare, sft, grpo, evaluation before and after, report"),
-    "export": (_export, "write a stage's weights as a Hugging Face folder"),
-    "bench": (_bench, "measure one GRPO step on random weights: `mllmrec bench step --config FILE`"),
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    call: Callable[[RunConfig, argparse.Namespace], None]
+    description: str
+    options: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """Options that are not part of a run's configuration: name, arguments of `add_argument`."""
+
+
+COMMANDS = {
+    "prepare": _Command(_prepare, "read or generate the data, freeze candidates, write verified shards"),
+    "sft": _Command(_sft, "supervised fine-tuning", (_RESUME, _OVERWRITE)),
+    "grpo": _Command(_grpo, "GRPO on the SFT result of the same run folder", (_RESUME,)),
+    "evaluate": _Command(_evaluate, "rank with what the run folder holds; write report.json and report.html"),
+    "run": _Command(_run, "all of these: prepare, sft, grpo, evaluation before and after, report", (_RESUME, _OVERWRITE)),
+    "export": _Command(
+        _export,
+        "write a stage's weights as a Hugging Face folder",
+        (
+            ("--stage", {"choices": ["sft", "grpo"], "default": "grpo", "help": "whose weights"}),
+            ("--folder", {"type": Path, "help": "where to; not given: in the run folder"}),
+        ),
+    ),
+    "bench": _Command(
+        _bench,
+        "measure one GRPO step on random weights: `mllmrec bench step --config FILE`",
+        (
+            ("--json", {"type": Path, "help": "file for the result"}),
+            ("--repeats", {"type": int, "default": 20, "help": "steps timed"}),
+        ),
+    ),
 }
 
 
@@ -101,8 +115,9 @@ def _announce(report: dict, folder: Path) -> None:
     print(f"report: {folder / 'report.html'} and {folder / 'report.json'}")
 
 
-def _parse(argv: Sequence[str]) -> tuple[str, _Options, RunConfig]:
-    epilog = "commands:\n" + "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+def _parse(argv: Sequence[str]) -> tuple[_Command, argparse.Namespace, RunConfig]:
+    epilog = "commands:\n" + "\n".join(f"  {name:<10} {command.description}" for name, command in COMMANDS.items())
+    epilog += "\n  launch     start a run's processes on this machine, or by SLURM, Kubernetes, TPU VMs, MPI"
     epilog += "\n\n`mllmrec COMMAND CONFIG --help` lists every option with its type, default and unit."
     parser = argparse.ArgumentParser(
         prog="mllmrec",
@@ -114,40 +129,39 @@ def _parse(argv: Sequence[str]) -> tuple[str, _Options, RunConfig]:
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
     if not argv or argv[0] not in COMMANDS:
         parser.parse_args(list(argv) or ["--help"])
-    command = argv[0]
-    own = argparse.ArgumentParser(prog=f"mllmrec {command}", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    if command == "bench":
+    name, command = argv[0], COMMANDS[argv[0]]
+    own = argparse.ArgumentParser(prog=f"mllmrec {name}", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    if name == "bench":
         own.add_argument("what", choices=["step"])
         own.add_argument("--config", default="bench/peer_tiny", dest="config")
     else:
         own.add_argument("config", nargs="?", default=None)
-    own.add_argument("--resume", action="store_true")
-    own.add_argument("--overwrite", action="store_true")
-    own.add_argument("--json", type=Path)
-    own.add_argument("--repeats", type=int, default=20)
-    own.add_argument("--stage", choices=["sft", "grpo"], default="grpo")
-    own.add_argument("--folder", type=Path)
+    for option, arguments in command.options:
+        own.add_argument(option, **arguments)
     # The configuration, where given, is the first word: what follows belongs to fields and may look like one.
     known, rest = own.parse_known_args(list(argv[1:]))
     asks_help = "--help" in rest or "-h" in rest
     if known.config is None and not asks_help:
-        raise ConfigError(f"mllmrec {command}: expected a configuration (a TOML file, or the name of a shipped one such as quickstart)")
+        raise ConfigError(f"mllmrec {name}: expected a configuration (a TOML file, or the name of a shipped one such as quickstart)")
     default = RunConfig() if known.config is None else load_config(find_config(known.config))
-    description = COMMANDS[command][1]
-    flags = "Also: --resume goes on with the run folder, --overwrite starts it over; bench: --json FILE, --repeats N; "
-    flags += "export: --stage, --folder."
-    config = tyro.cli(RunConfig, default=default, args=rest, prog=f"mllmrec {command} CONFIG", description=f"{description}\n\n{flags}")
-    options = _Options(known.resume, known.overwrite, known.json, known.repeats, known.stage, known.folder)
-    return command, options, check_config(config, str(known.config))
+    also = "; ".join(f"{option} {arguments['help']}" for option, arguments in command.options)
+    description = f"{command.description}\n\nAlso: {also}." if also else command.description
+    config = tyro.cli(RunConfig, default=default, args=rest, prog=f"mllmrec {name} CONFIG", description=description)
+    return command, known, check_config(config, str(known.config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on anything the user can mend, with the cause in one message."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        command, options, config = _parse(sys.argv[1:] if argv is None else argv)
+        if words[:1] == ["launch"]:
+            from mllmrec_launch.command import launch
+
+            sys.exit(launch(words[1:]))
+        command, options, config = _parse(words)
         # Compiled programs are kept beside the prepared data: the second run of a configuration starts at once.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((config.cache / "xla").absolute()))
-        COMMANDS[command][0](config, options)
+        command.call(config, options)
     except KeyboardInterrupt:
         print("interrupted; go on with --resume", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -297,10 +297,10 @@ class GrpoConfig:
 class LogprobConfig:
     """The fused log-prob / KL operation."""
 
-    implementation: Literal["xla_chunked", "reference"] = "xla_chunked"
-    """`xla_chunked` never holds tokens x vocabulary; `reference` does."""
+    implementation: Literal["triton", "xla_chunked", "reference"] = "xla_chunked"
+    """`triton` (NVIDIA GPU) and `xla_chunked` (any device) never hold tokens x vocabulary; `reference` does."""
     chunk_tokens: PositiveInt = 1024
-    """Rows of logits held at a time (tokens)."""
+    """Rows of logits that `xla_chunked` holds at a time (tokens)."""
 
 
 @_config_class
@@ -331,6 +331,40 @@ class LoaderConfig:
     """Reading threads."""
 
 
+MeshSize = Annotated[int, Field(ge=-1)]
+
+
+@_config_class
+class MeshConfig:
+    """Devices as data x fsdp x tensor; their product is the number of devices, and one of them may be -1, what is left."""
+
+    data: MeshSize = -1
+    """Devices that share out batches and hold all weights."""
+    fsdp: MeshSize = 1
+    """Devices that share out batches and weights; a layer's weights are gathered for its computation."""
+    tensor: MeshSize = 1
+    """Devices that share out heads, feed-forward and vocabulary."""
+
+
+@_config_class
+class DistributedConfig:
+    """The processes of one run and how they find each other."""
+
+    method: Literal["none", "auto", "slurm", "mpi", "kubernetes", "tpu", "explicit"] = "none"
+    """`none`: one process; `auto`: whatever cluster JAX detects; `explicit`: from the three fields below; the others: from what the
+    scheduler tells its processes, where a field below does not say otherwise. `mllmrec launch` sets it."""
+    coordinator: str | None = None
+    """`host:port` of process 0, reachable from every process."""
+    process_count: PositiveInt | None = None
+    """Processes of the run."""
+    process_index: Count | None = None
+    """This process, from 0."""
+    heartbeat_timeout_s: Annotated[int, Field(ge=10, le=50)] = 30
+    """A process silent for this long is taken for dead, and the others stop (seconds)."""
+    initialization_timeout_s: PositiveInt = 300
+    """How long processes wait for each other at the start (seconds)."""
+
+
 @_config_class
 class RunConfig:
     """Everything that shapes a run."""
@@ -352,6 +386,8 @@ class RunConfig:
     grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
     logprob: LogprobConfig = dataclasses.field(default_factory=LogprobConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
 def _known_keys(cls: Any, location: tuple[str | int, ...]) -> list[str]:

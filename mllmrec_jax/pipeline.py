@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -23,13 +23,14 @@ from mllmrec_jax.data.candidates import locate_targets
 from mllmrec_jax.data.loader import check_buckets, iterate_all
 from mllmrec_jax.data.posterworld import build_world, oracle_scores
 from mllmrec_jax.data.records import Item
+from mllmrec_jax.data.shards import Shards
 from mllmrec_jax.data.splits import full_pasts
 from mllmrec_jax.evaluate.protocol import RankedModel, compare_models, rank_models, score_shards, tabulate_metrics
 from mllmrec_jax.evaluate.report import CandidateView, ExampleView, ItemView, build_report, write_report
 from mllmrec_jax.generate.rollout import check_positions, make_keys
 from mllmrec_jax.model.hf_config import read_model_config
 from mllmrec_jax.model.hf_weights import export_weights, load_weights, weights_hash
-from mllmrec_jax.model.lora import add_adapters, merge_adapters
+from mllmrec_jax.model.lora import add_adapters
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.model.vocabulary import set_item_rows
 from mllmrec_jax.prepare import Prepared, TestLists, prepare_data
@@ -38,7 +39,7 @@ from mllmrec_jax.provenance import write_provenance
 from mllmrec_jax.train.grpo_loop import make_rollout, run_grpo
 from mllmrec_jax.train.metrics_log import read_metrics
 from mllmrec_jax.train.sft_loop import run_sft
-from mllmrec_jax.train.state import Policy, TrainState, init_state, make_optimizer, split_policy
+from mllmrec_jax.train.state import Policy, TrainState, fold_policy, init_state, make_optimizer, merge_policy, split_policy
 
 
 class RunFolderError(RuntimeError):
@@ -107,9 +108,7 @@ def sft_policy(config: RunConfig, prepared: Prepared) -> Policy:
 
 def grpo_policy(config: RunConfig, sft: Policy, trained: Any) -> Policy:
     """SFT's result as GRPO's base: its adapter is merged in memory and a new one goes on top."""
-    # The copy keeps the trained arrays apart from the model that is changed in place.
-    model = nnx.merge(sft.graphdef, jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, sft.frozen))
-    merge_adapters(model)
+    model = fold_policy(sft, trained)
     dtype = jnp.dtype(config.model.param_dtype)
     for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         parameter.set_value(parameter[...].astype(dtype))
@@ -118,13 +117,15 @@ def grpo_policy(config: RunConfig, sft: Policy, trained: Any) -> Policy:
     return split_policy(model, config.grpo.mode)
 
 
-def _identity(config: RunConfig, stage: str, policy: Policy, shards: Any) -> dict[str, Any]:
+def _identity(config: RunConfig, stage: str, policy: Policy, shards: Shards) -> dict[str, Any]:
     """What a checkpoint of `stage` belongs to."""
     # In full mode nothing is frozen: a stage belongs to the weights it started from.
     base = policy.frozen if getattr(config, stage).mode == "lora" else policy.trained
+    # As the weights' config.json says; where the folder lies does not matter, its weights have a hash of their own.
+    model = dataclasses.replace(merge_policy(policy).config, weights=None)
     return {
         "stage": stage,
-        "config": fingerprint(getattr(config, stage), config.model, config.logprob, config.seed, list(config.loader.buckets)),
+        "config": fingerprint(getattr(config, stage), model, config.logprob, config.seed, list(config.loader.buckets)),
         "data": fingerprint(shards.manifest["provenance"]),
         "base_weights": weights_hash(base),
     }
@@ -157,20 +158,22 @@ class Run:
         """
         steps = self._require_finished("sft")
         policy = sft_policy(self.config, self.prepared)
-        checkpoints = Checkpoints(self.folder / "checkpoints" / "sft", _identity(self.config, "sft", policy, self.prepared.sft))
-        like = init_state(policy.trained, make_optimizer(self.config.sft.optimizer, 1))
-        return policy, TrainState(*checkpoints.restore(tuple(like), steps)[1]).trained
+        return policy, self._load_trained("sft", policy, self.prepared.sft, steps)
 
     def load_policies(self) -> dict[str, tuple[Policy, Any]]:
         """The finished stages of this folder: SFT, and GRPO where it is there."""
         sft, sft_trained = self.load_sft()
         policies = {"sft": (sft, sft_trained)}
-        policy = grpo_policy(self.config, sft, sft_trained)
-        checkpoints = Checkpoints(self.folder / "checkpoints" / "grpo", _identity(self.config, "grpo", policy, self.prepared.grpo))
         if self._marker("grpo").is_file():
-            like = init_state(policy.trained, make_optimizer(self.config.grpo.optimizer, 1))
-            policies["grpo"] = (policy, TrainState(*checkpoints.restore(tuple(like), self._require_finished("grpo"))[1]).trained)
+            policy = grpo_policy(self.config, sft, sft_trained)
+            policies["grpo"] = (policy, self._load_trained("grpo", policy, self.prepared.grpo, self._require_finished("grpo")))
         return policies
+
+    def _load_trained(self, stage: Literal["sft", "grpo"], policy: Policy, shards: Shards, steps: int) -> Any:
+        like = init_state(policy.trained, make_optimizer(getattr(self.config, stage).optimizer, 1))
+        identity = _identity(self.config, stage, policy, shards)
+        with contextlib.closing(Checkpoints(self.folder / "checkpoints" / stage, identity)) as checkpoints:
+            return TrainState(*checkpoints.restore(tuple(like), steps)[1]).trained
 
     def grpo(self, sft: Policy, sft_trained: Any, *, resume: bool) -> tuple[Policy, Any]:
         """Runs (or finishes, or finds finished) GRPO on SFT's result; returns its policy and trained weights."""
@@ -332,9 +335,7 @@ def export_stage(run: Run, stage: str, folder: Path) -> None:
     if stage not in policies:
         raise RunFolderError(f"{run.folder}: expected a finished {stage} stage, found {', '.join(policies)}; run `mllmrec {stage}` first")
     policy, trained = policies[stage]
-    model = nnx.merge(policy.graphdef, jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, policy.frozen))
-    merge_adapters(model)
-    export_weights(model, folder, stop_ids=run.prepared.tokenizer.stop_ids)
+    export_weights(fold_policy(policy, trained), folder, stop_ids=run.prepared.tokenizer.stop_ids)
 
 
 def run_all(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:

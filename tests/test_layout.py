@@ -21,12 +21,13 @@ ROOMS = (
     "config",
     "resources",
     "progress",
+    "distributed",
     "prompts",
     "data",
     "preprocess",
     "prepare",
-    "model",
     "sharding",
+    "model",
     "rewards",
     "objectives",
     "generate",
@@ -130,7 +131,7 @@ def test_tests_hold_no_packages() -> None:
 
 
 def test_every_package_folder_has_an_init() -> None:
-    for path in list_sources("mllmrec_jax", "kernels/mllmrec_kernels"):
+    for path in list_sources("mllmrec_jax", "kernels/mllmrec_kernels", "launch/mllmrec_launch"):
         assert (path.parent / "__init__.py").is_file(), (
             f"{path.parent.relative_to(ROOT)} lacks __init__.py: the wheel would hold a namespace"
         )
@@ -153,7 +154,7 @@ def find_forbidden(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, "torch.load without weights_only=True"
 
 
-@pytest.mark.parametrize("path", list_sources("mllmrec_jax", "kernels"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", list_sources("mllmrec_jax", "kernels", "launch"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_stub_and_no_code_from_data(path: Path) -> None:
     assert not list(find_forbidden(read_tree(path)))
     with io.BytesIO(path.read_bytes()) as source:
@@ -187,10 +188,10 @@ def test_everything_imported_is_a_declared_dependency() -> None:
     requirements = [*project["dependencies"], *project["optional-dependencies"]["gpu"], *project["optional-dependencies"]["preprocess"]]
     declared = {_normalise(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in requirements}
     distributions = importlib.metadata.packages_distributions()
-    for path in list_sources("mllmrec_jax", "kernels"):
+    for path in list_sources("mllmrec_jax", "kernels", "launch"):
         for line, name in find_imports(read_tree(path), ()):
             top = name.split(".")[0]
-            if not top or top in sys.stdlib_module_names or top in ("mllmrec_jax", "mllmrec_kernels"):
+            if not top or top in sys.stdlib_module_names or top in ("mllmrec_jax", "mllmrec_kernels", "mllmrec_launch"):
                 continue
             found = {_normalise(distribution) for distribution in distributions.get(top, [top])}
             assert found & declared, f"{path.relative_to(ROOT)}:{line}: '{top}' is in no dependency of pyproject.toml"

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import os
+import multiprocessing
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,14 @@ import pytest
 from flax import nnx
 
 from mllmrec_jax.checkpoint import CheckpointError, Checkpoints
+from mllmrec_jax.cli import main
 from mllmrec_jax.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, check_config, load_config
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.pipeline import RunFolderError, open_run, open_run_folder, run_all
+from mllmrec_jax.train import grpo_loop, sft_loop
 from mllmrec_jax.train.metrics_log import read_metrics
 from mllmrec_jax.train.sft_loop import run_sft
+from mllmrec_jax.train.stage import TrainingError
 from mllmrec_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer, split_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +122,7 @@ def test_resumed_equals_uninterrupted(straight, tmp_path):
         """Removes what was written after `step`: what a kill just after that checkpoint leaves."""
         for checkpoint in (folder / "checkpoints" / stage).iterdir():
             if checkpoint.name.isdigit() and int(checkpoint.name) > step:
-                subprocess.run(["rm", "-r", str(checkpoint)], check=True)
+                shutil.rmtree(checkpoint)
 
     train(config)
     stop_after("grpo", 3)
@@ -131,26 +133,42 @@ def test_resumed_equals_uninterrupted(straight, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_a_save_resumes_to_the_same_floats(straight, tmp_path):
-    """SIGKILL as soon as a checkpoint is being written, three times at different steps; --resume ends with the same floats."""
-    config, _, expected = straight
-    flags = [f"--output={tmp_path}", f"--cache={config.cache}"]
-    command = [sys.executable, "-m", "mllmrec_jax.cli", "run", str(config.output / config.name / "config.toml"), "--resume", *flags]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    for stage in ("sft", "grpo", "grpo"):
+def test_killed_at_any_moment_resumes_to_the_same_floats(straight, tmp_path):
+    """Six SIGKILLs, each at a random moment after a save has begun, in a run that saves at every step."""
+    config, _, _ = straight
+    config = dataclasses.replace(
+        config,
+        sft=dataclasses.replace(config.sft, max_steps=12, checkpoint_every=1),
+        grpo=dataclasses.replace(config.grpo, max_steps=10, checkpoint_every=1),
+        output=tmp_path / "whole",
+    )
+    expected = train(config)
+    command = ["run", str(tmp_path / "whole" / "toy" / "config.toml"), "--resume", f"--output={tmp_path}"]
+    # Processes of a server that has done the imports start within a second.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mllmrec_jax.cli", "mllmrec_jax.pipeline"])
+    moments = np.random.default_rng(0)
+    cut = 0
+    for stage, delay in (("sft", 0.0), ("sft", 0.1), ("sft", 0.1), ("grpo", 0.0), ("grpo", 0.1), ("grpo", 0.1)):
         folder = tmp_path / "toy" / "checkpoints" / stage
-        seen = set(folder.iterdir()) if folder.is_dir() else set()
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seen = _list_saves(folder)
+        process = context.Process(target=main, args=(command,))
+        process.start()
         deadline = time.monotonic() + 180
-        while process.poll() is None and time.monotonic() < deadline:
-            if folder.is_dir() and set(folder.iterdir()) - seen:
-                break
+        while process.is_alive() and time.monotonic() < deadline and _list_saves(folder) <= seen:
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    run = open_run(dataclasses.replace(config, output=tmp_path), resume=True)
-    assert_equal({name: trained for name, (_, trained) in run.load_policies().items()}, expected)
+        time.sleep(moments.uniform(0, delay))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        cut += any("tmp" in path.name for path in folder.iterdir())
+    assert cut >= 2  # in the middle of a save
+    assert_equal(train(dataclasses.replace(config, output=tmp_path), resume=True), expected)
+
+
+def _list_saves(folder: Path) -> set[int]:
+    """Steps of which a checkpoint is there or being written."""
+    return {int(path.name.split(".")[0]) for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def test_a_folder_in_the_way_is_refused(straight):
@@ -188,6 +206,42 @@ def test_weights_that_are_not_finite_stop_the_run(straight, tmp_path):
     sft, trained = open_run(config, resume=True).load_sft()
     with pytest.raises((RuntimeError, ValueError), match="nan"):
         run.grpo(sft, jax.tree.map(lambda x: x * jnp.nan, trained), resume=False)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("fault", ["gradient", "first update", "weights"])
+def test_no_checkpoint_is_written_after_a_step_that_was_not_finite(straight, tmp_path, monkeypatch, stage, fault):
+    """The next checkpoint is due before the flag of a step is usually read: it must not be there, and a resumed run must lack nothing."""
+    config, _, expected = straight
+    config = dataclasses.replace(config, output=tmp_path, sft=dataclasses.replace(config.sft, checkpoint_every=1))
+    loop = {"sft": sft_loop, "grpo": grpo_loop}[stage]
+    make_step = getattr(loop, f"make_{stage}_step")
+
+    def make_faulty_step(*arguments: Any, **options: Any) -> Any:
+        step, calls = make_step(*arguments, **options), 0
+
+        def faulty(state: TrainState, *rest: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            before = jax.tree.map(jnp.copy, state)
+            after, metrics, *more = step(state, *rest)
+            if calls == 2:
+                if fault == "weights":
+                    after = after._replace(trained=jax.tree.map(lambda x: x.at[0].set(jnp.inf), after.trained))
+                else:
+                    after = before  # what `apply_gradients` does
+                if fault == "gradient":
+                    metrics = {**metrics, "grad_norm": jnp.float32(jnp.nan)}
+            return after, metrics, *more
+
+        return faulty
+
+    monkeypatch.setattr(loop, f"make_{stage}_step", make_faulty_step)
+    with pytest.raises(TrainingError, match=f"{stage} step 1"):
+        train(config)
+    monkeypatch.undo()
+    assert {path.name for path in (tmp_path / "toy" / "checkpoints" / stage).iterdir()} == {"1"}
+    assert_equal(train(config, resume=True)[stage], expected[stage])
 
 
 def test_lora_sft_needs_weights():

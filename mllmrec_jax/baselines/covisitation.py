@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mllmrec_jax.baselines.popularity import count_items, look_up
-from mllmrec_jax.data.records import History
+from mllmrec_jax.data.records import History, find_rows
 
 _BLOCK_PAIRS = 1 << 22  # (history item, candidate) pairs looked up at a time: bounds the scratch memory
 _TIE_BREAK = 1e-9
@@ -74,13 +74,7 @@ def score_covisitation(
     step = max(1, _BLOCK_PAIRS // (padded.shape[1] * max(1, candidates.shape[1])))
     for start in range(0, len(candidates), step):
         block = slice(start, start + step)
-        earlier, later = _find_rows(items, padded[block]), _find_rows(items, candidates[block])
+        earlier, later = find_rows(items, padded[block]), find_rows(items, candidates[block])
         pairs = np.where((earlier[:, :, None] >= 0) & (later[:, None, :] >= 0), earlier[:, :, None] * len(items) + later[:, None, :], -1)
         scores[block] += np.einsum("nhk,nh->nk", look_up(keys, sums, pairs), weights[block])
     return scores
-
-
-def _find_rows(items: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Index of each query in the ascending `items`, -1 where it is not there."""
-    place = np.minimum(np.searchsorted(items, queries), len(items) - 1)
-    return np.where(items[place] == queries, place, -1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mllmrec_jax.data.records import History
+from mllmrec_jax.data.records import History, find_rows
 
 
 def count_items(histories: Sequence[History]) -> tuple[np.ndarray, np.ndarray]:
@@ -20,8 +20,8 @@ def look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.nda
     """`values` at `queries` (any shape) of the ascending `keys`; 0 where a query is not a key. float64."""
     if not len(keys):
         return np.zeros(queries.shape)
-    place = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
-    return np.where(keys[place] == queries, values[place], 0).astype(np.float64)
+    rows = find_rows(keys, queries)
+    return np.where(rows >= 0, values[rows], 0).astype(np.float64)
 
 
 def score_popularity(train_histories: Sequence[History], candidates: np.ndarray) -> np.ndarray:

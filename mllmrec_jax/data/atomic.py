@@ -10,6 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+@contextlib.contextmanager
+def naming_path(path: Path) -> Iterator[None]:
+    """Gives `path` to errors of the block that say what went wrong but not where, as a write to a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes `content` to a temporary neighbour, flushes it to disk and renames it onto `path`.
 
@@ -19,7 +30,7 @@ def write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming_path(path), os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -40,7 +51,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
-        yield temporary
+        with naming_path(folder):
+            yield temporary
         os.chmod(temporary, 0o755)
         try:
             os.rename(temporary, folder)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mllmrec_jax.config import ItemField, PromptConfig, to_dict
 from mllmrec_jax.data.candidates import CandidateSet
-from mllmrec_jax.data.records import DataError, Dataset, Item, Part
+from mllmrec_jax.data.records import DataError, Dataset, Item, Part, find_rows
 from mllmrec_jax.data.splits import Window
 from mllmrec_jax.data.tokenizer import Tokenizer
 from mllmrec_jax.progress import track
@@ -141,11 +141,10 @@ def _tokenise_items(dataset: Dataset, tokenizer: Tokenizer, config: PromptConfig
     return np.asarray(ordered, np.int64), _pad_rows(ids, length, tokenizer.pad_id), length
 
 
-def _find_rows(item_id: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
-    rows = np.minimum(np.searchsorted(item_id, wanted), len(item_id) - 1)
-    unknown = item_id[rows] != wanted
-    if unknown.any():
-        raise DataError(f"{what}: expected items of the catalogue ({len(item_id)} items), got the unknown item {wanted[unknown][0]}")
+def _find_known_rows(item_id: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
+    rows = find_rows(item_id, wanted)
+    if (rows < 0).any():
+        raise DataError(f"{what}: expected items of the catalogue ({len(item_id)} items), got the unknown item {wanted[rows < 0][0]}")
     return rows.astype(np.int32)
 
 
@@ -235,8 +234,8 @@ def tokenise_windows(
             f"{dataset.name}: expected a row of candidates for each of {len(windows)} windows, got {len(candidate_set.candidates)}"
         )
     item_id, item_answer, item_answer_length = _tokenise_items(dataset, tokenizer, config)
-    candidates = _find_rows(item_id, candidate_set.candidates, "candidates")
-    target = _find_rows(item_id, np.fromiter((window.target for window in windows), np.int64, len(windows)), "targets")
+    candidates = _find_known_rows(item_id, candidate_set.candidates, "candidates")
+    target = _find_known_rows(item_id, np.fromiter((window.target for window in windows), np.int64, len(windows)), "targets")
     wrong = (candidates == target[:, None]).sum(axis=1) != 1
     if wrong.any():
         row = int(np.argmax(wrong))

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 Part = Literal["train", "valid", "test"]
 
 
@@ -186,6 +188,12 @@ def make_dataset(
         content_hash=_hash_content(catalogue.values(), histories),
         origin=dict(origin or {}),
     )
+
+
+def find_rows(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Place of each of `wanted` (any shape) in the ascending `ids` [I >= 1], -1 where it is not there; int64."""
+    rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return np.where(ids[rows] == wanted, rows, -1)
 
 
 def keep_chosen(items: Mapping[int, Item], histories: Iterable[History]) -> list[Item]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from mllmrec_jax.config import ConfigError
 from mllmrec_jax.generate.sampling import sample_tokens
 from mllmrec_jax.model.qwen3 import Decoder, KeyValues
+from mllmrec_jax.sharding import constrain
 
 
 class Rollout(NamedTuple):
@@ -66,7 +67,9 @@ def rollout_group(
 
     def draw(hidden: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         with jax.named_scope("sample"):
-            logits = jax.lax.dot_general(hidden.reshape(b * g, -1), head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            rows = constrain(hidden.reshape(b * g, -1), "row", None)
+            logits = jax.lax.dot_general(rows, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            logits = constrain(logits, "row", "vocab")
             if temperature == 0:
                 log_p = jax.nn.log_softmax(logits)
                 token = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
@@ -75,7 +78,7 @@ def rollout_group(
             else:
                 uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index)))(keys.reshape(-1))
                 sample = sample_tokens(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
-            return tuple(x.reshape(b, g) for x in sample)  # type: ignore[return-value]
+            return tuple(constrain(x.reshape(b, g), "batch", None) for x in sample)  # type: ignore[return-value]
 
     def record(state: dict[str, jax.Array], hidden: jax.Array) -> dict[str, jax.Array]:
         """Samples token number `index` from `hidden` [B, G, D] and writes it where a member has not stopped."""
@@ -106,7 +109,8 @@ def rollout_group(
         "logp_sampled": jnp.zeros((b, g, c), jnp.float32),
     }
     state = record(state, jnp.broadcast_to(last[:, None], (b, g, last.shape[-1])))
-    cache = KeyValues(*(jnp.zeros((layers, b, g, c, kv, d), prompt_cache.k.dtype) for _ in range(2)))
+    empty = constrain(jnp.zeros((layers, b, g, c, kv, d), prompt_cache.k.dtype), None, "batch", None, None, "heads", None)
+    cache = KeyValues(empty, empty)
 
     def unfinished(carry: tuple[dict[str, jax.Array], KeyValues]) -> jax.Array:
         return (carry[0]["index"] < c) & ~jnp.all(carry[0]["stopped"])

@@ -8,6 +8,7 @@ sort does.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -51,7 +52,24 @@ def _largest_threshold(values: jax.Array, enough: jax.Array, weights: jax.Array)
 def _keep_first(values: jax.Array, threshold: jax.Array, ties: jax.Array) -> jax.Array:
     """Mask of values above the threshold and of the first `ties` [R] entries equal to it."""
     equal = values == threshold[:, None]
-    return (values > threshold[:, None]) | (equal & (jnp.cumsum(equal, axis=-1) <= ties[:, None]))
+    return (values > threshold[:, None]) | (equal & (_running_sum(equal.astype(jnp.int32)) <= ties[:, None]))
+
+
+def _running_sum(values: jax.Array) -> jax.Array:
+    """Cumulative sum over the vocabulary [R, V], in blocks: a vocabulary that is cut over devices is summed where it lies.
+
+    The blocks are those of the largest mesh, so that a draw does not depend on the mesh.
+    """
+    rows, size = values.shape
+    blocks = values.reshape(rows, math.gcd(size, 128), -1)
+    within = jnp.cumsum(blocks, axis=-1)
+    before = jnp.pad(jnp.cumsum(within[..., -1], axis=-1)[:, :-1], ((0, 0), (1, 0)))
+    return (within + before[..., None]).reshape(rows, size)
+
+
+def _pick(values: jax.Array, token: jax.Array) -> jax.Array:
+    """values[r, token[r]] as a sum, which a cut vocabulary can do where it lies."""
+    return jnp.sum(jnp.where(jnp.arange(values.shape[1]) == token[:, None], values, 0), axis=-1)
 
 
 def keep_top_k(probs: Float[Array, "R V"], k: int) -> Bool[Array, "R V"]:
@@ -86,12 +104,11 @@ def sample_tokens(
         kept = jnp.where(keep_top_k(kept, top_k), kept, 0)
     if top_p < 1.0:
         kept = jnp.where(keep_top_p(kept, top_p), kept, 0)
-    cumulative = jnp.cumsum(kept, axis=-1)
-    total = cumulative[:, -1]
+    cumulative = _running_sum(kept)
+    total = jnp.max(cumulative, axis=-1)
     token = jnp.sum(cumulative <= (uniform * total)[:, None], axis=-1)
     # Rounding can push the draw past the last kept token (uniform near 1) : take the most probable one then.
     best = jnp.argmax(kept, axis=-1)
-    probability = jnp.take_along_axis(kept, jnp.minimum(token, kept.shape[1] - 1)[:, None], axis=1)[:, 0]
-    token = jnp.where(probability > 0, token, best).astype(jnp.int32)
-    logp_raw = jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0]
+    token = jnp.where(_pick(kept, token) > 0, token, best).astype(jnp.int32)
+    logp_raw = _pick(log_p, token)
     return Sample(token, logp_raw, logp_raw - jnp.log(total))

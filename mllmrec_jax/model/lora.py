@@ -24,12 +24,26 @@ class Linear(nnx.Module):
 
     Attributes:
       kernel: [..., in, out]; bias: [..., out] or None; lora_a: [..., in, rank]; lora_b: [..., rank, out].
+      axes: logical axes of in and out (`sharding.RULES`).
     """
 
-    def __init__(self, fan_in: int, fan_out: int, *, stack: tuple[int, ...], bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        fan_in: int,
+        fan_out: int,
+        *,
+        axes: tuple[str, str],
+        stack: tuple[int, ...],
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         shape = (*stack, fan_in, fan_out)
-        self.kernel = nnx.Param((jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, fan_out), dtype)) if bias else None
+        self.axes = axes
+        depth = (None,) * len(stack)
+        kernel = (jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype)
+        self.kernel = nnx.Param(kernel, axes=(*depth, *axes))
+        self.bias = nnx.Param(jnp.zeros((*stack, fan_out), dtype), axes=(*depth, axes[1])) if bias else None
         self.lora_a: LoraParam | None = nnx.data(None)
         self.lora_b: LoraParam | None = nnx.data(None)
         self.lora_scale: LoraScale | None = nnx.data(None)
@@ -55,8 +69,9 @@ def add_adapters(module: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> N
             continue
         *stack, fan_in, fan_out = linear.kernel[...].shape
         a = jax.random.normal(rngs.params(), (*stack, fan_in, config.rank)) * fan_in**-0.5
-        linear.lora_a = LoraParam(a)
-        linear.lora_b = LoraParam(jnp.zeros((*stack, config.rank, fan_out)))
+        depth = (None,) * len(stack)
+        linear.lora_a = LoraParam(a, axes=(*depth, linear.axes[0], None))
+        linear.lora_b = LoraParam(jnp.zeros((*stack, config.rank, fan_out)), axes=(*depth, None, linear.axes[1]))
         linear.lora_scale = LoraScale(jnp.full(tuple(stack), config.alpha / config.rank, jnp.float32))
 
 

@@ -18,6 +18,7 @@ from mllmrec_jax.config import ModelConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model.attention import attend_group, attend_prompt, rotate
 from mllmrec_jax.model.lora import Linear
+from mllmrec_jax.sharding import constrain, gather_weights, take_rows
 
 
 class KeyValues(NamedTuple):
@@ -46,10 +47,10 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
         inner, kv_inner = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         bias = config.family == "qwen2"
-        self.q_proj = Linear(config.hidden_size, inner, stack=stack, bias=bias, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(config.hidden_size, kv_inner, stack=stack, bias=bias, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(config.hidden_size, kv_inner, stack=stack, bias=bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(inner, config.hidden_size, stack=stack, bias=False, dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(config.hidden_size, inner, axes=("embed", "heads"), stack=stack, bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, kv_inner, axes=("embed", "heads"), stack=stack, bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, kv_inner, axes=("embed", "heads"), stack=stack, bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(inner, config.hidden_size, axes=("heads", "embed"), stack=stack, bias=False, dtype=dtype, rngs=rngs)
         # A random W_O leaves copying to be found by chance. W_O = W_V^T of its head makes each value pass through as it came, so that a
         # model trained from random weights reads lists within minutes (after Trockman and Kolter 2023, arXiv:2305.09828).
         v = jnp.swapaxes(self.v_proj.kernel[...], -1, -2).reshape(*stack, config.num_kv_heads, 1, config.head_dim, config.hidden_size)
@@ -64,7 +65,8 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, position: jax.Array, *, adapters: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] at `position` [...] -> q [..., H, d], k and v [..., K, d]."""
         q, k, v = (
-            linear(x, adapters=adapters).reshape(*x.shape[:-1], -1, self.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj)
+            constrain(linear(x, adapters=adapters).reshape(*x.shape[:-1], -1, self.head_dim), "batch", None, "heads", None)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -77,13 +79,13 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(d, f, stack=stack, bias=False, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(d, f, stack=stack, bias=False, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(f, d, stack=stack, bias=False, dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear(d, f, axes=("embed", "ffn"), stack=stack, bias=False, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(d, f, axes=("embed", "ffn"), stack=stack, bias=False, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(f, d, axes=("ffn", "embed"), stack=stack, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, adapters: bool) -> jax.Array:
         gated = jax.nn.silu(self.gate_proj(x, adapters=adapters)) * self.up_proj(x, adapters=adapters)
-        return self.down_proj(gated, adapters=adapters)
+        return self.down_proj(constrain(gated, "batch", None, "ffn"), adapters=adapters)
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -116,10 +118,10 @@ class Layer(nnx.Module):
             q, k, v = self.attention.project(self.attention_norm(x), position, adapters=adapters)
             mixed, kept = attend(q, k, v)
             mixed = mixed.reshape(*x.shape[:-1], -1)
-            x = x + _drop(self.attention.o_proj(mixed, adapters=adapters), keys[0], self.dropout)
+            x = constrain(x + _drop(self.attention.o_proj(mixed, adapters=adapters), keys[0], self.dropout), "batch", None, None)
         with jax.named_scope("feed_forward"):
             out = self.feed_forward(self.feed_forward_norm(x), adapters=adapters)
-            return x + _drop(out, keys[1], self.dropout), kept
+            return constrain(x + _drop(out, keys[1], self.dropout), "batch", None, None), kept
 
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -136,11 +138,12 @@ class Decoder(nnx.Module):
         scale = config.hidden_size**-0.5
         self.config = config
         self.vocab_size = vocab_size
-        self.embedding = nnx.Param((jax.random.normal(rngs.params(), (vocab_size, config.hidden_size)) * scale).astype(dtype))
+        embedding = (jax.random.normal(rngs.params(), (vocab_size, config.hidden_size)) * scale).astype(dtype)
+        self.embedding = nnx.Param(embedding, axes=("vocab", None))
         self.layers = Layer(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, stack=(), eps=config.norm_eps, dtype=dtype)
         head = None if config.tie_embeddings else jax.random.normal(rngs.params(), (vocab_size, config.hidden_size)) * scale
-        self.head = None if head is None else nnx.Param(head.astype(dtype))
+        self.head = None if head is None else nnx.Param(head.astype(dtype), axes=("vocab", None))
 
     @property
     def head_weight(self) -> jax.Array:
@@ -150,7 +153,7 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         with jax.named_scope("embed"):
-            return self.embedding[...][tokens].astype(self.config.dtype)
+            return take_rows(self.embedding[...], tokens).astype(self.config.dtype)
 
     def _run_layers(
         self,
@@ -169,7 +172,7 @@ class Decoder(nnx.Module):
 
         def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
             state, own, key = scanned
-            layer = nnx.merge(graphdef, state)
+            layer = nnx.merge(graphdef, gather_weights(state))
             return layer(x, position, lambda q, k, v: attend(own, q, k, v), adapters=adapters, key=key)
 
         if remat and self.config.remat != "none":

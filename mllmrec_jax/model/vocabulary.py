@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,8 +23,10 @@ def set_item_rows(model: Decoder, first_row: int, texts: Sequence[Sequence[int]]
     last = first_row + len(texts)
     if last > model.vocab_size:
         raise ValueError(f"texts: must fit into the {model.vocab_size} rows of the embedding, needed rows {first_row} to {last - 1}")
+    lengths = np.array([len(ids) for ids in texts])
+    tokens, owner = np.concatenate([np.asarray(ids) for ids in texts]), np.repeat(np.arange(len(texts)), lengths)
     for table in (model.embedding, model.head):
         if table is not None:
-            values = np.array(table[...])
-            rows = np.stack([values[np.asarray(ids)].astype(np.float32).mean(axis=0) for ids in texts])
-            table[...] = jnp.asarray(values).at[first_row:last].set(rows.astype(values.dtype))
+            values = table[...]
+            sums = jax.ops.segment_sum(values[tokens].astype(jnp.float32), owner, len(texts))
+            table[...] = values.at[first_row:last].set((sums / lengths[:, None]).astype(values.dtype))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mllmrec_jax.config import LogprobConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model.qwen3 import Decoder, predicting_states
+from mllmrec_jax.sharding import vocab_sharding
 from mllmrec_kernels.logprob_kl import LogprobOutput, compute_logprobs
 
 
@@ -42,6 +43,7 @@ def completion_logprobs(
             hidden_ref=None if hidden_ref is None else flat(hidden_ref),
             implementation=config.implementation,
             chunk_tokens=config.chunk_tokens,
+            sharding=vocab_sharding(),
             **options,
         )
     return jax.tree.map(lambda x: x.reshape(shape), out)

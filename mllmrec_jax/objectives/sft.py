@@ -10,6 +10,7 @@ from mllmrec_jax.config import LogprobConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model.qwen3 import Decoder, predicting_states
 from mllmrec_jax.objectives.logprobs import completion_logprobs
+from mllmrec_jax.sharding import vocab_sharding
 from mllmrec_kernels.logprob_kl import compute_logprobs
 
 
@@ -53,6 +54,7 @@ def compute_sft_sums(
                 backward=backward,
                 implementation=config.implementation,
                 chunk_tokens=config.chunk_tokens,
+                sharding=vocab_sharding(),
             )
         sums["history"] = -jnp.sum(history.logp)
     return sums

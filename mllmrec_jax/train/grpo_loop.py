@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Mapping
@@ -14,21 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllmrec_jax.checkpoint import Checkpoints
 from mllmrec_jax.config import GrpoConfig, RunConfig
 from mllmrec_jax.data.group_batch import GroupBatch
-from mllmrec_jax.data.loader import ExampleBatch, make_loader
+from mllmrec_jax.data.loader import ExampleBatch
 from mllmrec_jax.data.shards import Shards
 from mllmrec_jax.data.tokenizer import Tokenizer
 from mllmrec_jax.generate.rollout import Rollout, check_positions, make_keys, rollout_group
 from mllmrec_jax.objectives.advantages import compute_advantages, find_no_signal
 from mllmrec_jax.objectives.kl import warn_about_k1
-from mllmrec_jax.progress import Progress
 from mllmrec_jax.rewards import Rewards, RewardTask, score_completions
-from mllmrec_jax.train.grpo_step import GrpoBatch, make_grpo_step
-from mllmrec_jax.train.metrics_log import MetricsLog
-from mllmrec_jax.train.sft_loop import check_finite
-from mllmrec_jax.train.state import Policy, TrainState, init_state, make_optimizer, make_schedule, merge_policy
+from mllmrec_jax.train.grpo_step import GrpoBatch, GrpoStep, make_grpo_step
+from mllmrec_jax.train.stage import open_stage
+from mllmrec_jax.train.state import Policy, TrainState, merge_policy
 
 # Mean absolute difference of rollout and training log-probs above which the two are not the same policy (rounding gives far less).
 MISMATCH_LIMIT = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -125,6 +121,28 @@ def summarise_rollout(sampled: Sampled) -> dict[str, float]:
     }
 
 
+def update_policy(
+    step_fn: GrpoStep, state: TrainState, frozen: Any, reference: Any, batch: GrpoBatch, updates: int
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`updates` optimizer steps on one rollout; metrics are the last one's, the log-prob mismatch the first one's."""
+    values: dict[str, jax.Array] = {}
+    for _ in range(updates):
+        state, metrics, logp_old = step_fn(state, frozen, reference, batch)
+        values = {**metrics, "logprob_mismatch": values.get("logprob_mismatch", metrics["logprob_mismatch"])}
+        batch = batch._replace(logp_old=logp_old)
+    return state, values
+
+
+def check_mismatch(step: int, mismatch: float, dtype: str) -> None:
+    """Warns where rollout and training log-probs differ by more than rounding."""
+    if mismatch > MISMATCH_LIMIT[dtype]:
+        warnings.warn(
+            f"grpo step {step}: rollout and training log-probs differ by {mismatch:.2e} on average (rounding is below "
+            f"{MISMATCH_LIMIT[dtype]:.0e}): the sampler and the trainer do not compute the same policy",
+            stacklevel=2,
+        )
+
+
 def run_grpo(
     config: RunConfig,
     policy: Policy,
@@ -138,90 +156,51 @@ def run_grpo(
 ) -> tuple[Any, int]:
     """Trains for the configured epochs or rollouts; returns (trained weights, rollouts done).
 
-    `titles` (item id -> title as prompts show it) serves `reward.require_title`. Resumes like `run_sft`.
+    `titles` (item id -> title as prompts show it) serves `reward.require_title`.
 
     Raises:
-      TrainingError: a loss or gradient is not finite.
+      TrainingError: a loss, gradient or weight is not finite.
       LoaderError: the data do not fill one batch.
       CheckpointError: a checkpoint cannot be written or belongs to another run.
       ConfigError: prompt and completion do not fit the model.
     """
-    grpo = config.grpo
-    check_positions(int(shards.prompt_length.max()), grpo.max_new_tokens, merge_policy(policy).config.max_position)
+    grpo, model = config.grpo, merge_policy(policy).config
+    check_positions(int(shards.prompt_length.max()), grpo.max_new_tokens, model.max_position)
     warn_about_k1(grpo.kl_estimator, grpo.beta)
-    checkpoints = Checkpoints(folder / "checkpoints" / "grpo", identity)
-    if not resume:
-        checkpoints.clear()
-    start = checkpoints.latest_step or 0
-    loader = make_loader(
-        shards,
-        batch_size=grpo.batch_size * grpo.accumulation,
-        seed=config.seed + 1,
-        epochs=grpo.epochs,
-        buckets=config.loader.buckets,
-        start_step=start,
-        prefetch=config.loader.prefetch,
-        threads=config.loader.threads,
-    )
-    total = min(loader.total_steps, grpo.max_steps or loader.total_steps)
-    optimizer = make_optimizer(grpo.optimizer, total * grpo.updates_per_rollout)
-    schedule = make_schedule(grpo.optimizer, total * grpo.updates_per_rollout)
     rollout_fn = make_rollout(policy, grpo, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
-    step_fn = make_grpo_step(policy, optimizer, grpo, config.logprob)
     reference = jax.tree.map(jnp.copy, policy.trained) if grpo.mode == "full" and grpo.beta > 0 else None
-    state = init_state(policy.trained, optimizer)
-    if start:
-        state = TrainState(*checkpoints.restore(tuple(state), start)[1])
-    item_id = shards.item_id
     clock = ReadyClock()
-    limit = MISMATCH_LIMIT[merge_policy(policy).config.dtype]
-    with (
-        contextlib.closing(checkpoints),
-        MetricsLog(folder, "grpo", start_step=start) as log,
-        Progress(total=total, completed=start, description="grpo", unit="step") as progress,
-    ):
+    with open_stage("grpo", config, policy, shards, folder=folder, identity=identity, resume=resume) as stage:
+        step_fn = make_grpo_step(policy, stage.optimizer, grpo, config.logprob)
+        state = stage.state
         pending: tuple[int, dict[str, Any], float, Future[float]] | None = None
 
         def finish(step: int, values: dict[str, Any], dispatched: float, ready: Future[float]) -> float:
             """Reads a step's metrics, once the next rollout is on its way; returns when its update ended."""
             ended = ready.result()
-            tokens = values.pop("tokens")
             update_s = ended - dispatched
             step_s = values["generate_s"] + values["reward_s"] + update_s
-            timing = {"update_s": update_s, "step_s": step_s, "tokens_per_second": tokens / step_s}
-            row = log.write(step, {**values, **timing, "learning_rate": schedule(step * grpo.updates_per_rollout)})
-            check_finite("grpo", step, row)
-            if row["logprob_mismatch"] > limit:
-                warnings.warn(
-                    f"grpo step {step}: rollout and training log-probs differ by {row['logprob_mismatch']:.2e} on average "
-                    f"(rounding is below {limit:.0e}): the sampler and the trainer do not compute the same policy",
-                    stacklevel=2,
-                )
-            progress.advance(reward=row["reward_mean"], hit=row["hit_rate"], kl=row.get("kl", 0.0))
+            timing = {"update_s": update_s, "step_s": step_s, "tokens_per_second": values.pop("tokens") / step_s}
+            row = stage.record(step, {**values, **timing})
+            check_mismatch(step, row["logprob_mismatch"], model.dtype)
+            stage.progress.advance(reward=row["reward_mean"], hit=row["hit_rate"], kl=row.get("kl", 0.0))
             return ended
 
-        for step, batch in zip(range(start, total), loader, strict=False):
+        for step, batch in stage.batches():
             began = time.perf_counter()
             keys = make_keys(config.seed, step, jnp.asarray(batch.row), grpo.group_size)
             rollout = rollout_fn(state.trained, policy.frozen, batch.prompt, batch.prompt_length, keys)
             if pending is not None:
                 began = max(began, finish(*pending))
-            sampled = judge_rollout(batch, rollout, item_id, tokenizer, grpo, titles)
+            sampled = judge_rollout(batch, rollout, shards.item_id, tokenizer, grpo, titles)
             dispatched = time.perf_counter()
-            micro = to_grpo_batch(sampled, grpo)
-            values: dict[str, Any] = {}
-            for update in range(grpo.updates_per_rollout):
-                state, metrics, logp_old = step_fn(state, policy.frozen, reference, micro)
-                values |= metrics if update == 0 else {k: v for k, v in metrics.items() if k != "logprob_mismatch"}
-                micro = micro._replace(logp_old=logp_old)
-            values |= summarise_rollout(sampled)
-            values |= {"generate_s": dispatched - began - sampled.reward_s, "reward_s": sampled.reward_s}
+            state, metrics = update_policy(step_fn, state, policy.frozen, reference, to_grpo_batch(sampled, grpo), grpo.updates_per_rollout)
+            values = {**metrics, **summarise_rollout(sampled), "reward_s": sampled.reward_s}
+            values["generate_s"] = dispatched - began - sampled.reward_s
             values["tokens"] = int(batch.prompt_length.sum() + sampled.rollout.completion_length.sum())
-            pending = (step, values, dispatched, clock.note(metrics))
-            if (step + 1) % grpo.checkpoint_every == 0 and step + 1 < total:
-                # The write goes on while the next step reuses the donated buffers, so it gets a copy of its own.
-                checkpoints.save(step + 1, jax.tree.map(jnp.copy, tuple(state)))
-        if pending is not None:
-            finish(*pending)
-        checkpoints.save(total, tuple(state))
-    return state.trained, total
+            pending = step, values, dispatched, clock.note(metrics)
+            if stage.is_due(step + 1):
+                finish(*pending)
+                pending = None
+                stage.save(step + 1, state)
+    return state.trained, stage.total

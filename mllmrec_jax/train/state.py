@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from mllmrec_jax.config import OptimizerConfig
-from mllmrec_jax.model.lora import LoraParam
+from mllmrec_jax.model.lora import LoraParam, merge_adapters
 from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.sharding import lay_out
 
 
 class TrainState(NamedTuple):
@@ -47,6 +48,13 @@ def split_policy(model: Decoder, mode: Literal["lora", "full"]) -> Policy:
 def merge_policy(policy: Policy, trained: Any | None = None) -> Decoder:
     """The policy as a module, inside or outside `jit`, with other trained weights where given."""
     return nnx.merge(policy.graphdef, policy.trained if trained is None else trained, policy.frozen)
+
+
+def fold_policy(policy: Policy, trained: Any) -> Decoder:
+    """The policy with its adapters merged, as a module with arrays of its own: changing it in place changes nothing else."""
+    model = nnx.merge(policy.graphdef, jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, policy.frozen))
+    merge_adapters(model)
+    return model
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -94,7 +102,8 @@ def apply_gradients(state: TrainState, grads: Any, optimizer: optax.GradientTran
 
     A gradient that is not finite leaves weights and optimizer as they were: the caller sees the norm and stops with the cause.
     """
+    grads = lay_out(grads)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
     new = TrainState(optax.apply_updates(state.trained, updates), opt_state, state.step + 1)
-    return jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, state), norm
+    return lay_out(jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), new, state)), norm

@@ -128,7 +128,7 @@ def test_other_implementations_lower_without_kernels(implementation: str, held: 
 def test_parts_of_the_vocabulary_each_have_their_kernel(name: str) -> None:
     """Rows cut in two, vocabulary in four: each device's kernels are compiled for its own part."""
     mesh = AbstractMesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    sharding = VocabSharding(mesh, row_axes=("fsdp",), vocab_axis="tensor")  # type: ignore[arg-type]
+    sharding = VocabSharding(mesh, row_axes=("fsdp",), vocab_axes=("tensor",))  # type: ignore[arg-type]
     whole, parts = (lower(*make_function(MODES[name], sharding=s)) for s in (None, sharding))
     assert find_names(list_kernels(parts)) == find_names(list_kernels(whole))
     assert not [shape for shape, size in list_buffers(parts).items() if size > 0.6e9 and shape != (V, D)]

@@ -16,7 +16,7 @@ N, D, V = 64, 16, 8 * 27
 
 def make_sharding(rows: int, parts: int) -> VocabSharding:
     mesh = jax.make_mesh((rows, parts), ("rows", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: rows * parts])
-    return VocabSharding(mesh, ("rows",), "tensor")
+    return VocabSharding(mesh, ("rows",), ("tensor",))
 
 
 def make_inputs():

@@ -63,7 +63,7 @@ def test_fresh_adapter_changes_nothing() -> None:
 
 
 def test_adapter_is_the_published_formula() -> None:
-    linear = Linear(5, 7, stack=(), bias=True, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    linear = Linear(5, 7, axes=("embed", "ffn"), stack=(), bias=True, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     holder = nnx.Dict(up_proj=linear)
     add_adapters(holder, LoraConfig(rank=3, alpha=6.0, targets=("up_proj",)), rngs=nnx.Rngs(1))
     assert linear.bias is not None
@@ -110,7 +110,7 @@ def test_merge_without_adapters_does_nothing() -> None:
 
 
 def test_merge_into_bfloat16_rounds_once() -> None:
-    linear = Linear(64, 32, stack=(2,), bias=False, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    linear = Linear(64, 32, axes=("embed", "ffn"), stack=(2,), bias=False, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
     holder = nnx.Dict(up_proj=linear)
     add_adapters(holder, LoraConfig(rank=4, alpha=3.0, targets=("up_proj",)), rngs=nnx.Rngs(1))
     assert linear.lora_a is not None

@@ -132,8 +132,8 @@ def check_implementation(implementation: str) -> None:
 
 def _check_sharding(sharding: VocabSharding, tokens: int, vocabulary: int) -> None:
     rows = math.prod(sharding.mesh.shape[axis] for axis in sharding.row_axes)
-    parts = 1 if sharding.vocab_axis is None else sharding.mesh.shape[sharding.vocab_axis]
+    parts = math.prod(sharding.mesh.shape[axis] for axis in sharding.vocab_axes)
     if tokens % rows:
         raise ValueError(f"sharding: N = {tokens} rows do not divide over {rows} devices of the axes {sharding.row_axes}")
     if vocabulary % parts:
-        raise ValueError(f"sharding: a vocabulary of {vocabulary} does not divide over {parts} devices of the axis {sharding.vocab_axis!r}")
+        raise ValueError(f"sharding: a vocabulary of {vocabulary} does not divide over {parts} devices of the axes {sharding.vocab_axes}")

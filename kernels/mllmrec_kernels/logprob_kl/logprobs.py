@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from mllmrec_kernels.logprob_kl import xla_chunked
 from mllmrec_kernels.logprob_kl.moments import Others, Rows, finish_rows, merge_parts
@@ -29,11 +29,11 @@ from mllmrec_kernels.logprob_kl.moments import Others, Rows, finish_rows, merge_
 class VocabSharding(NamedTuple):
     """Where rows and vocabulary lie on a mesh."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     row_axes: tuple[str, ...]
     """Mesh axes that cut N; their product divides N."""
-    vocab_axis: str | None
-    """Mesh axis that cuts V; its size divides V."""
+    vocab_axes: tuple[str, ...]
+    """Mesh axes that cut V; their product divides V."""
 
 
 class Options(NamedTuple):
@@ -93,11 +93,10 @@ def _forward_part(rows: RowInputs, heads: Heads, options: Options, *, direction:
     """This device's rows against its part of the vocabulary; with `direction`, also d log p_t / d h in the dtype of hidden."""
     part = _implementation(options)
     head, head_ref = heads.policy, heads.policy if heads.reference is None else heads.reference
-    axis = None if options.sharding is None else options.sharding.vocab_axis
-    first = 0 if axis is None else jax.lax.axis_index(axis) * head.shape[0]
+    axes, first = _find_part(options, head)
 
     def over_parts(values: jax.Array) -> jax.Array:
-        return values if axis is None else jax.lax.psum(values, axis)
+        return jax.lax.psum(values, axes) if axes else values
 
     def step(row: RowInputs) -> tuple[Rows, jax.Array | None]:
         target = row.target - first
@@ -105,7 +104,7 @@ def _forward_part(rows: RowInputs, heads: Heads, options: Options, *, direction:
 
         def row_of(head: jax.Array) -> jax.Array:
             picked = head[jnp.clip(target, 0, head.shape[0] - 1)].astype(jnp.float32)
-            return picked if axis is None else jnp.where(here[:, None], picked, 0)
+            return jnp.where(here[:, None], picked, 0) if axes else picked
 
         def target_logit(hidden: jax.Array, head: jax.Array) -> jax.Array:
             return over_parts(jnp.sum(hidden.astype(jnp.float32) * row_of(head), axis=-1)) * (1.0 / options.temperature)
@@ -122,8 +121,8 @@ def _forward_part(rows: RowInputs, heads: Heads, options: Options, *, direction:
             mean_head=direction,
         )
         local = others.lse
-        if axis is not None:
-            others = merge_parts(Others(*jax.lax.all_gather(tuple(others), axis)))
+        if axes:
+            others = merge_parts(Others(*jax.lax.all_gather(tuple(others), axes)))
         target_ref = None if row.hidden_ref is None else target_logit(row.hidden_ref, head_ref)
         out = finish_rows(others, target_logit(row.hidden, head), target_ref)
         if mean is None:
@@ -139,9 +138,7 @@ def _backward_part(rows: RowInputs, heads: Heads, out: Rows, grads: Rows, option
     """(d hidden, d head): logits are computed again, chunk by chunk."""
     part = _implementation(options)
     head, head_ref = heads.policy, heads.policy if heads.reference is None else heads.reference
-    sharding = options.sharding
-    axis = None if sharding is None else sharding.vocab_axis
-    first = 0 if axis is None else jax.lax.axis_index(axis) * head.shape[0]
+    axes, first = _find_part(options, head)
 
     def step(d_head: jax.Array, chunk: tuple[RowInputs, Rows, Rows]) -> tuple[jax.Array, jax.Array]:
         row, out, grads = chunk
@@ -149,7 +146,7 @@ def _backward_part(rows: RowInputs, heads: Heads, out: Rows, grads: Rows, option
             row.hidden, row.hidden_ref, head, head_ref, row.target - first, out, grads, temperature=options.temperature
         )
         d_hidden = jnp.dot(d_logits, head, preferred_element_type=jnp.float32)
-        d_hidden = d_hidden if axis is None else jax.lax.psum(d_hidden, axis)
+        d_hidden = jax.lax.psum(d_hidden, axes) if axes else d_hidden
         d_head += jax.lax.dot_general(d_logits, row.hidden, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return d_head, d_hidden.astype(row.hidden.dtype)
 
@@ -157,9 +154,15 @@ def _backward_part(rows: RowInputs, heads: Heads, out: Rows, grads: Rows, option
     d_head, d_hidden = _scan_chunks(
         step, d_head, (rows, out, grads), part.chunk_rows(options.chunk_tokens, head.shape[0], head.dtype.itemsize, holds_logits=True)
     )
-    if sharding is not None and sharding.row_axes:
-        d_head = jax.lax.psum(d_head, sharding.row_axes)
+    if options.sharding is not None and options.sharding.row_axes:
+        d_head = jax.lax.psum(d_head, options.sharding.row_axes)
     return d_hidden, d_head.astype(head.dtype)
+
+
+def _find_part(options: Options, head: jax.Array) -> tuple[tuple[str, ...], jax.Array | int]:
+    """(mesh axes that cut the vocabulary, first token id of this device's part)."""
+    axes = () if options.sharding is None else options.sharding.vocab_axes
+    return axes, jax.lax.axis_index(axes) * head.shape[0] if axes else 0
 
 
 def _implementation(options: Options) -> Any:
@@ -176,8 +179,8 @@ def _on_mesh(function: Callable[..., Any], options: Options, rows: RowInputs, he
     function = functools.partial(function, options=options, **static)
     if options.sharding is None:
         return function(rows, heads, *more)
-    mesh, row_axes, vocab_axis = options.sharding
-    by_row, by_vocab = PartitionSpec(row_axes or None), PartitionSpec(vocab_axis)
+    mesh, row_axes, vocab_axes = options.sharding
+    by_row, by_vocab = PartitionSpec(row_axes or None), PartitionSpec(vocab_axes or None)
     # The gradient is taken outside: what is summed over which axis is written in the functions, not derived.
     outputs = (by_row, by_vocab) if more else (by_row, by_row)
     specs = (by_row, by_vocab, *(by_row for _ in more))

@@ -1,0 +1,41 @@
+"""Commands of other projects that some tests run: found, installed where CI allows it, or a reason to skip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Require = Callable[[str, str], None]
+
+
+@pytest.fixture(scope="session")
+def require_command() -> Require:
+    """A function of a command and its Debian packages: skips the test where the command is not here and may not be installed."""
+
+    def require(command: str, packages: str) -> None:
+        if shutil.which(command):
+            return
+        if os.environ.get("MLLMREC_TEST_INSTALL") != "1" or os.geteuid() != 0 or not shutil.which("apt-get"):
+            pytest.skip(f"no {command}; as root on Debian, MLLMREC_TEST_INSTALL=1 installs {packages}")
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(["apt-get", "update", "-qq"], env=environment, check=True)
+        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages.split()], env=environment, check=True)
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def clone_environment() -> dict[str, str]:
+    """The environment of a process that finds this clone's packages and computes on the CPU."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "launch"))
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"))
+    }
+    return environment | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,48 @@
+"""The command line: each command takes its own options and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mllmrec_jax import cli
+
+OPTIONS = {"--resume": [], "--overwrite": [], "--json": ["x.json"], "--repeats": ["3"], "--stage": ["sft"], "--folder": ["x"]}
+TAKEN = {
+    "prepare": set(),
+    "sft": {"--resume", "--overwrite"},
+    "grpo": {"--resume"},
+    "evaluate": set(),
+    "run": {"--resume", "--overwrite"},
+    "export": {"--stage", "--folder"},
+    "bench": {"--json", "--repeats"},
+}
+
+
+@pytest.mark.parametrize("command", TAKEN)
+def test_a_command_refuses_the_options_it_does_not_use(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    called: list[Any] = []
+    spied = dataclasses.replace(cli.COMMANDS[command], call=lambda _, options: called.append(options))
+    monkeypatch.setitem(cli.COMMANDS, command, spied)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+    start = [command, "step"] if command == "bench" else [command, "quickstart"]
+    for option, values in OPTIONS.items():
+        if option in TAKEN[command]:
+            cli.main([*start, option, *values])
+            assert getattr(called.pop(), option.removeprefix("--")) not in (None, False, "grpo", 20)
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                cli.main([*start, option, *values])
+            assert stopped.value.code == 2
+            assert option in capsys.readouterr().err
+            assert not called
+
+
+def test_help_names_the_options_of_the_command(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["grpo", "quickstart", "--help"])
+    said = capsys.readouterr().out
+    assert "Also: --resume go on with the run folder." in said
+    assert "--overwrite" not in said

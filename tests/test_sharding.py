@@ -1,0 +1,87 @@
+"""GRPO on eight virtual devices: the numbers of one device, on every mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from mllmrec_jax.config import ConfigError, GrpoConfig, LogprobConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig
+from mllmrec_jax.data.group_batch import GroupBatch
+from mllmrec_jax.generate.rollout import make_keys
+from mllmrec_jax.model.lora import add_adapters
+from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.sharding import check_model, make_mesh, make_spec, place, place_batch, take_rows, use_mesh
+from mllmrec_jax.train.grpo_loop import make_rollout
+from mllmrec_jax.train.grpo_step import GrpoBatch, make_grpo_step
+from mllmrec_jax.train.state import init_state, make_optimizer, split_policy
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
+V, B, P, G, C = 64, 16, 10, 4, 5
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, intermediate_size=64, num_heads=8, num_kv_heads=8, head_dim=8, max_position=64, dtype="float32",
+    param_dtype="float32", remat="full",
+)  # fmt: skip
+
+
+def make_grpo(mode):
+    return GrpoConfig(
+        mode=mode, group_size=G, max_new_tokens=C, temperature=0.9, top_p=0.9, beta=0.1, kl_estimator="k3", accumulation=2,
+        lora=LoraConfig(rank=4), optimizer=OptimizerConfig(learning_rate=1e-3),
+    )  # fmt: skip
+
+
+def run_steps(mesh, mode, *, steps=3):
+    """Sampled tokens, metrics and gradients' effect (trained weights) of a few whole GRPO steps."""
+    grpo = make_grpo(mode)
+    # Plain gradient descent: the adapters' B starts at 0, so its weights are the sum of its gradients. (Adam divides a gradient by its own
+    # size: where that is rounding, so is the step.)
+    optimizer = optax.sgd(0.5) if mode == "lora" else make_optimizer(grpo.optimizer, 10)
+    with use_mesh(mesh):
+        model = Decoder(MODEL, vocab_size=V, rngs=nnx.Rngs(0))
+        if mode == "lora":
+            add_adapters(model, grpo.lora, rngs=nnx.Rngs(1))
+        policy = split_policy(model, mode)
+        policy = policy._replace(trained=place(policy.trained), frozen=place(policy.frozen))
+        state = place(init_state(policy.trained, optimizer))
+        reference = None if mode == "lora" else jax.tree.map(jnp.copy, policy.trained)
+        rollout_fn = make_rollout(policy, grpo, stop_ids=(3,), pad_id=0)
+        step_fn = make_grpo_step(policy, optimizer, grpo, LogprobConfig(chunk_tokens=7))
+        rng = np.random.default_rng(0)
+        out = []
+        for step in range(steps):
+            prompt = rng.integers(4, V, (B, P)).astype(np.int32)
+            length = rng.integers(2, P + 1, B).astype(np.int32)
+            keys = make_keys(0, step, jnp.arange(B), G)
+            sampled = rollout_fn(state.trained, policy.frozen, place_batch(prompt), place_batch(length), keys)
+            host = jax.tree.map(np.asarray, sampled)
+            reward = (host.completion % 7 == 0).sum(-1).astype(np.float32)
+            advantage = reward - reward.mean(axis=1, keepdims=True)
+            group = GroupBatch(prompt, length, host.completion, host.completion_length)
+            batch = jax.tree.map(lambda x: x.reshape(2, B // 2, *x.shape[1:]), GrpoBatch(group, advantage, host.logp_raw, None))
+            state, metrics, logp_old = step_fn(state, policy.frozen, reference, place_batch(batch, leading=1))
+            out.append((host.completion, jax.tree.map(np.asarray, (metrics, logp_old, host.logp_raw, host.logp_sampled))))
+        return out, jax.tree.map(np.asarray, jax.tree.leaves(state.trained))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return {mode: run_steps(None, mode) for mode in ("lora", "full")}
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_three_steps_equal_one_device(one_device, sizes, mode):
+    mesh = make_mesh(MeshConfig(*sizes))
+    steps, weights = run_steps(mesh, mode)
+    expected_steps, expected_weights = one_device[mode]
+    for (tokens, values), (expected_tokens, expected_values) in zip(steps, expected_steps, strict=True):
+        np.testing.assert_array_equal(tokens, expected_tokens)
+        for metrics in (values[0], expected_values[0]):
+            assert metrics.pop("logprob_mismatch", 0) < 1e-5  # itself rounding
+        for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(expected_values), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1e-3, np.abs(b).max()))
+    for a, b in zip(weights, expected_weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
