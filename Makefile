@@ -1,6 +1,7 @@
 # `make quickstart` and `make test` need Python 3.11 or later, make and a package index; they create .venv themselves.
 #   PYTHON=python3.12        the interpreter the environment is made with
 #   PYTHON312=python3.12     the interpreter, 3.12 or later, of the second environment (`make test-gpu-lowering`)
+#   PYTHON_GPU=python3       the interpreter of `make gpu-check`, as it is
 #   PIP_ARGS="..."           more arguments for pip; on Linux, torch without CUDA:
 #                            PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   ARGS="--seed 1"          more arguments for `mllmrec run quickstart`
@@ -8,6 +9,7 @@
 
 PYTHON ?= python3
 PYTHON312 ?= python3.12
+PYTHON_GPU ?= python3
 VENV ?= .venv
 LOWERING_VENV ?= .venv-gpu-lowering
 PIP_ARGS ?=
@@ -20,10 +22,10 @@ REQUIREMENTS := pyproject.toml setup.py constraints.txt
 # Installed first and by itself, so that nothing newer is fetched; torch's CUDA build, where an index gives that one, replaces it.
 TRITON := "triton==3.6.0; sys_platform == 'linux'"
 
-.PHONY: help quickstart test test-fast test-gpu-lowering wheel-test lint format typecheck env env-dev env-gpu-lowering clean
+.PHONY: help quickstart test test-fast test-gpu-lowering gpu-check wheel-test lint format typecheck env env-dev env-gpu-lowering clean
 
 help:
-	@echo "make quickstart | test | test-fast | test-gpu-lowering | wheel-test | lint | format | typecheck"
+	@echo "make quickstart | test | test-fast | test-gpu-lowering | gpu-check | wheel-test | lint | format | typecheck"
 	@echo "     env | env-dev | env-gpu-lowering | clean"
 
 quickstart: $(VENV)/.installed
@@ -40,6 +42,10 @@ test-fast: $(VENV)/.installed-dev
 test-gpu-lowering: $(LOWERING_VENV)/.installed
 	TRITON_INTERPRET=0 MLLMREC_TRITON_DEVICE=sm_90 $(LOWERING_BIN)/python -m pytest -m gpu_lowering $(PYTEST_ARGS)
 	$(LOWERING_BIN)/python -m pytest -m "not slow and not gpu_lowering" $(PYTEST_ARGS)
+
+# On a machine with an NVIDIA GPU and whatever Python there has jax with CUDA, triton and jax-triton: nothing is installed.
+gpu-check:
+	$(PYTHON_GPU) profiling/gpu_check.py $(ARGS)
 
 # The wheel in an environment of its own, with its dependencies installed from the index (`make test` borrows them instead).
 wheel-test: $(VENV)/.installed-dev

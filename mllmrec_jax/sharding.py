@@ -118,7 +118,7 @@ def find_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     def find(leaf: Any) -> NamedSharding:
         if not _is_variable(leaf):
             return NamedSharding(mesh, PartitionSpec())
-        axes, shape = _axes_of(leaf), leaf[...].shape
+        axes, shape = _axes_of(leaf), leaf.shape
         for axis, size in zip(axes, shape, strict=True):
             count = math.prod(mesh.shape[name] for name in RULES.get(axis or "", ()))
             if size % count:
@@ -166,17 +166,21 @@ def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
         row = ids - jax.lax.axis_index(RULES["vocab"]) * part.shape[0]
         here = (row >= 0) & (row < part.shape[0])
         found = jnp.where(here[..., None], part[jnp.clip(row, 0, part.shape[0] - 1)], 0)
-        return jax.lax.psum(jax.lax.psum_scatter(found, "fsdp", scatter_dimension=0, tiled=True), "tensor")
+        found = jax.lax.psum_scatter(found, "fsdp", scatter_dimension=0, tiled=True) if mesh.shape["fsdp"] > 1 else found
+        return jax.lax.psum(found, "tensor") if mesh.shape["tensor"] > 1 else found
 
     # The ids of a data group meet on each of its devices, and each takes its own rows of the sum back.
     specs = (make_spec("vocab", None), make_spec("row"))
-    return jax.shard_map(look_up, mesh=mesh, in_specs=specs, out_specs=make_spec("batch"))(table, ids)
+    return jax.shard_map(look_up, mesh=mesh, in_specs=specs, out_specs=make_spec("batch"), check_vma=False)(table, ids)
 
 
 def vocab_sharding() -> VocabSharding | None:
-    """How the log-prob operation lies on the mesh in context: rows over data, vocabulary over fsdp and tensor."""
+    """How the log-prob operation lies on the mesh in context."""
     mesh = current_mesh()
-    return None if mesh is None else VocabSharding(mesh, RULES["row"], RULES["vocab"])
+    if mesh is None:
+        return None
+    row_axes, vocab_axes = (tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1) for name in ("batch", "vocab"))
+    return VocabSharding(mesh, row_axes, vocab_axes)
 
 
 def check_model(model: ModelConfig, mesh: Mesh, *, vocab_size: int, batch_size: int) -> None:
@@ -196,9 +200,48 @@ def check_model(model: ModelConfig, mesh: Mesh, *, vocab_size: int, batch_size: 
             )
 
 
+def round_batch(size: int) -> int:
+    """`size` rounded up to rows that divide over the devices of the mesh in context."""
+    mesh = current_mesh()
+    count = 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES["batch"])
+    return -(-size // count) * count
+
+
+def find_own_rows(size: int) -> np.ndarray:
+    """Which rows of a batch of `size` lie on this process's devices, ascending; all of them where no mesh is in context."""
+    sharding, rows = batch_sharding(), np.arange(size)
+    if sharding is None:
+        return rows
+    return np.unique(np.concatenate([rows[index] for index in sharding.addressable_devices_indices_map((size,)).values()]))
+
+
+def read_own_rows(tree: Any) -> Any:
+    """To the host: the rows on this process's devices of arrays [B, ...] laid out as a batch, in the order of `find_own_rows`."""
+
+    def read(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    return jax.tree.map(read, tree)
+
+
+@jax.jit
+def _replicate(tree: Any) -> Any:
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
+def share_rows(tree: Any, *, leading: int = 0) -> Any:
+    """Host arrays [..., b, ...] with this process's rows -> those of the whole batch, on every process. For a few numbers a row."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, _replicate(place_batch(tree, leading=leading)))
+
+
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
 
 
 def _axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
-    return variable.get_metadata().get("axes") or (None,) * variable[...].ndim
+    return variable.get_metadata().get("axes") or (None,) * len(variable.shape)

@@ -37,6 +37,8 @@ ROOMS = (
     "baselines",
     "provenance",
     "pipeline",
+    "compiled",
+    "communication",
     "bench",
     "cli",
 )

@@ -1,5 +1,7 @@
 """GRPO on eight virtual devices: the numbers of one device, on every mesh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,7 @@ def run_steps(mesh, mode, *, steps=3):
             host = jax.tree.map(np.asarray, sampled)
             reward = (host.completion % 7 == 0).sum(-1).astype(np.float32)
             advantage = reward - reward.mean(axis=1, keepdims=True)
-            group = GroupBatch(prompt, length, host.completion, host.completion_length)
+            group = GroupBatch(*(jnp.asarray(x) for x in (prompt, length, host.completion, host.completion_length)))
             batch = jax.tree.map(lambda x: x.reshape(2, B // 2, *x.shape[1:]), GrpoBatch(group, advantage, host.logp_raw, None))
             state, metrics, logp_old = step_fn(state, policy.frozen, reference, place_batch(batch, leading=1))
             out.append((host.completion, jax.tree.map(np.asarray, (metrics, logp_old, host.logp_raw, host.logp_sampled))))
@@ -85,3 +87,67 @@ def test_three_steps_equal_one_device(one_device, sizes, mode):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1e-3, np.abs(b).max()))
     for a, b in zip(weights, expected_weights, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, 4), (1, 2, 4))],
+)
+def test_minus_one_is_what_is_left(sizes, expected):
+    assert tuple(make_mesh(MeshConfig(*sizes)).shape.values()) == expected
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 2, 1), (-1, -1, 1), (0, 1, 1), (-1, 5, 1)], ids=str)
+def test_sizes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(ConfigError, match=r"8 devices, got data = .*fsdp = .*tensor = "):
+        make_mesh(MeshConfig(*sizes))
+
+
+def test_two_dimensions_never_share_a_mesh_axis():
+    assert make_spec("batch", None, "heads") == PartitionSpec(("data", "fsdp"), None, ("tensor",))
+    with pytest.raises(ValueError, match="same mesh axis"):
+        make_spec("batch", "embed")
+    with pytest.raises(ValueError, match=r"had \['head'\]"):
+        make_spec("head")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"num_heads": 6, "num_kv_heads": 2}, r"model.num_kv_heads: expected a multiple of 4 \(tensor\).*got 2"),
+        ({"intermediate_size": 30}, r"model.intermediate_size: expected a multiple of 4 .*got 30"),
+        ({"hidden_size": 33}, r"model.hidden_size: expected a multiple of 2 \(fsdp\).*got 33"),
+    ],
+)
+def test_models_that_do_not_divide_are_refused(change, message):
+    model, mesh = dataclasses.replace(MODEL, **change), make_mesh(MeshConfig(1, 2, 4))
+    if message is None:
+        return check_model(model, mesh, vocab_size=V, batch_size=B)
+    with pytest.raises(ConfigError, match=message):
+        check_model(model, mesh, vocab_size=V, batch_size=B)
+
+
+def test_every_device_holds_its_share_of_the_weights():
+    """On fsdp 2 x tensor 4 no matrix lies whole on a device: 1/8 each, and a norm on every device."""
+    with use_mesh(make_mesh(MeshConfig(1, 2, 4))):
+        trained = place(split_policy(Decoder(MODEL, vocab_size=V, rngs=nnx.Rngs(0)), "full").trained)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        share = leaf.addressable_shards[0].data.size / leaf.size
+        assert share == (1 if "norm" in jax.tree_util.keystr(path) else 1 / 8), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_rows_are_looked_up_where_they_lie(sizes):
+    table = jnp.arange(V * 4, dtype=jnp.float32).reshape(V, 4)
+    ids = jax.random.randint(jax.random.key(0), (B, 3), 0, V)
+
+    def loss(table, ids):
+        rows = take_rows(table, ids)
+        return jnp.sum(rows**2), rows
+
+    (_, expected), gradient = jax.value_and_grad(loss, has_aux=True)(table, ids)
+    with use_mesh(make_mesh(MeshConfig(*sizes))):
+        (_, rows), sharded = jax.jit(jax.value_and_grad(loss, has_aux=True))(table, place_batch(ids))
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(sharded, gradient, rtol=1e-6)

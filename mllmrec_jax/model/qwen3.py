@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from mllmrec_jax.config import ModelConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model.attention import attend_group, attend_prompt, rotate
-from mllmrec_jax.model.lora import Linear
+from mllmrec_jax.model.lora import Linear, draw_normal
 from mllmrec_jax.sharding import constrain, gather_weights, take_rows
 
 
@@ -138,11 +138,11 @@ class Decoder(nnx.Module):
         scale = config.hidden_size**-0.5
         self.config = config
         self.vocab_size = vocab_size
-        embedding = (jax.random.normal(rngs.params(), (vocab_size, config.hidden_size)) * scale).astype(dtype)
+        embedding = draw_normal(rngs, (vocab_size, config.hidden_size), scale=scale).astype(dtype)
         self.embedding = nnx.Param(embedding, axes=("vocab", None))
         self.layers = Layer(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, stack=(), eps=config.norm_eps, dtype=dtype)
-        head = None if config.tie_embeddings else jax.random.normal(rngs.params(), (vocab_size, config.hidden_size)) * scale
+        head = None if config.tie_embeddings else draw_normal(rngs, (vocab_size, config.hidden_size), scale=scale)
         self.head = None if head is None else nnx.Param(head.astype(dtype), axes=("vocab", None))
 
     @property
@@ -161,32 +161,47 @@ class Decoder(nnx.Module):
         position: jax.Array,
         attend: Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
         *,
-        adapters: bool,
+        adapters: tuple[bool, ...],
         per_layer: Any = None,
         dropout_key: jax.Array | None = None,
         remat: bool = False,
-    ) -> tuple[jax.Array, Any]:
-        """Scans the stacked layers; `attend` gets its layer's slice of `per_layer` first. Returns x and the stacked kept values."""
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        """Scans the stacked layers; `attend` gets its layer's slice of `per_layer` first.
+
+        Returns x once for each of `adapters` (with or without them), and the stacked kept values of the first. Each layer's weights are
+        gathered once for all of these.
+        """
         graphdef, stacked = nnx.split(self.layers)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
 
-        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, Any]:
+        def body(xs: tuple[jax.Array, ...], scanned: Any) -> tuple[tuple[jax.Array, ...], Any]:
             state, own, key = scanned
             layer = nnx.merge(graphdef, gather_weights(state))
-            return layer(x, position, lambda q, k, v: attend(own, q, k, v), adapters=adapters, key=key)
+            out = [
+                layer(x, position, lambda q, k, v: attend(own, q, k, v), adapters=on, key=key) for x, on in zip(xs, adapters, strict=True)
+            ]
+            return tuple(x for x, _ in out), out[0][1]
 
         if remat and self.config.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         with jax.named_scope("layers"):
-            return jax.lax.scan(body, x, (stacked, per_layer, keys))
+            return jax.lax.scan(body, (x,) * len(adapters), (stacked, per_layer, keys))
 
     def encode_group(
         self, batch: GroupBatch, *, adapters: bool = True, dropout_key: jax.Array | None = None
     ) -> tuple[Float[Array, "B P D"], Float[Array, "B G C D"]]:
-        """Hidden states of every prompt and completion token, each prompt computed once for its G completions.
+        """Hidden states of every prompt and completion token, each prompt computed once for its G completions."""
+        return self._encode(batch, (adapters,), dropout_key)[0]
 
-        Prompt and completion tokens of a row share one token axis of P + G C, so that each layer's weights are read once for all.
-        """
+    def encode_with_reference(
+        self, batch: GroupBatch
+    ) -> tuple[tuple[Float[Array, "B P D"], Float[Array, "B G C D"]], tuple[Float[Array, "B P D"], Float[Array, "B G C D"]]]:
+        """`encode_group` of the policy, and of the reference, which is the policy without its adapters, in one run through the layers."""
+        policy, reference = self._encode(batch, (True, False), None)
+        return policy, reference
+
+    def _encode(self, batch: GroupBatch, adapters: tuple[bool, ...], dropout_key: jax.Array | None) -> list[tuple[jax.Array, jax.Array]]:
+        # Prompt and completion tokens of a row share one token axis of P + G C, so that each layer's weights are read once for all.
         b, p = batch.prompt.shape
         g, c = batch.completion.shape[1:]
         tokens = jnp.concatenate([batch.prompt, batch.completion.reshape(b, g * c)], axis=1)
@@ -201,9 +216,9 @@ class Decoder(nnx.Module):
 
         embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = _drop(self._embed(tokens), embed_key, self.config.dropout)
-        x, _ = self._run_layers(x, position, attend, adapters=adapters, dropout_key=layers_key, remat=True)
-        x = self.norm(x)
-        return x[:, :p], x[:, p:].reshape(b, g, c, -1)
+        xs, _ = self._run_layers(x, position, attend, adapters=adapters, dropout_key=layers_key, remat=True)
+        normed = [self.norm(x) for x in xs]
+        return [(x[:, :p], x[:, p:].reshape(b, g, c, -1)) for x in normed]
 
     def prefill(
         self, prompt: Int[Array, "B P"], prompt_length: Int[Array, " B"], *, adapters: bool = True
@@ -215,7 +230,7 @@ class Decoder(nnx.Module):
             return attend_prompt(q, k, v), KeyValues(k, v)
 
         position = jnp.broadcast_to(jnp.arange(p), (b, p))
-        x, cache = self._run_layers(self._embed(prompt), position, attend, adapters=adapters)
+        (x,), cache = self._run_layers(self._embed(prompt), position, attend, adapters=(adapters,))
         last = jnp.take_along_axis(x, (prompt_length - 1)[:, None, None], axis=1)[:, 0]
         return self.norm(last), cache
 
@@ -241,7 +256,7 @@ class Decoder(nnx.Module):
             mixed = attend_group(q[:, :, None], grown.k, grown.v, prompt.k, prompt.v, prompt_length, start=index)
             return mixed[:, :, 0], grown
 
-        x, cache = self._run_layers(self._embed(token), position, attend, adapters=adapters, per_layer=(prompt_cache, cache))
+        (x,), cache = self._run_layers(self._embed(token), position, attend, adapters=(adapters,), per_layer=(prompt_cache, cache))
         return self.norm(x), cache
 
 

@@ -25,6 +25,12 @@ def encode_predicting(model: Decoder, batch: GroupBatch, *, adapters: bool) -> j
     return predicting_states(prompt_hidden, completion_hidden, batch.prompt_length)
 
 
+def encode_predicting_pair(model: Decoder, batch: GroupBatch) -> tuple[jax.Array, jax.Array]:
+    """[B, G, C, D] of the policy and of the reference, its adapters off, which is a constant."""
+    policy, reference = (predicting_states(*hidden, batch.prompt_length) for hidden in model.encode_with_reference(batch))
+    return policy, jax.lax.stop_gradient(reference)
+
+
 def completion_logprobs(
     hidden: jax.Array, head: jax.Array, batch: GroupBatch, config: LogprobConfig, *, hidden_ref: jax.Array | None = None, **options: Any
 ) -> LogprobOutput:

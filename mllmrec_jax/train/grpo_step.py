@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from mllmrec_jax.config import GrpoConfig, LogprobConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.objectives.grpo import GroupTokens, compute_grpo_terms
-from mllmrec_jax.objectives.logprobs import completion_logprobs, completion_mask, encode_predicting
+from mllmrec_jax.objectives.logprobs import completion_logprobs, completion_mask, encode_predicting, encode_predicting_pair
 from mllmrec_jax.train.state import Policy, TrainState, apply_gradients, merge_policy
 
 
@@ -46,13 +46,15 @@ def make_grpo_step(policy: Policy, optimizer: optax.GradientTransformation, grpo
 
     def micro_terms(trained: Any, frozen: Any, reference: Any, micro: GrpoBatch) -> tuple[Array, tuple[Array, dict[str, Array], Array]]:
         model = merge_policy(policy._replace(frozen=frozen), trained)
-        hidden = encode_predicting(model, micro.group, adapters=True)
         hidden_ref = head_ref = None
-        if needs_reference:
+        if needs_reference and not full:
+            hidden, hidden_ref = encode_predicting_pair(model, micro.group)
+        else:
+            hidden = encode_predicting(model, micro.group, adapters=True)
+        if needs_reference and full:
             with jax.named_scope("reference"):
-                other = model if reference is None else merge_policy(policy._replace(frozen=frozen), reference)
-                hidden_ref = jax.lax.stop_gradient(encode_predicting(other, micro.group, adapters=False))
-                head_ref = None if reference is None else jax.lax.stop_gradient(other.head_weight)
+                other = merge_policy(policy._replace(frozen=frozen), reference)
+                hidden_ref, head_ref = jax.lax.stop_gradient((encode_predicting(other, micro.group, adapters=False), other.head_weight))
         options = {"temperature": grpo.temperature, "entropy": True, "kl": exact, "backward": backward}
         out = completion_logprobs(hidden, model.head_weight, micro.group, logprob, hidden_ref=hidden_ref, head_ref=head_ref, **options)
         mask = completion_mask(micro.group)

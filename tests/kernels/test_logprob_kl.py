@@ -140,9 +140,11 @@ def test_finite_differences(implementation):
 
 
 @IMPLEMENTATIONS
-def test_same_policy_and_reference_have_no_kl(implementation):
-    hidden, _, head, target = make_inputs()
-    out = compute_logprobs(hidden, head, target, hidden_ref=hidden, kl=True, implementation=implementation, chunk_tokens=8)
+@pytest.mark.parametrize("temperature", [1.0, 0.9])
+def test_same_policy_and_reference_have_no_kl(implementation, temperature):
+    hidden, _, head, target = make_inputs(scale=3.0)
+    options = {"temperature": temperature, "kl": True, "implementation": implementation, "chunk_tokens": 8}
+    out = jax.jit(lambda h: compute_logprobs(h, head, target, hidden_ref=h, **options))(hidden)
     assert not np.any(out.kl)
     np.testing.assert_array_equal(out.logp, out.logp_ref)
 

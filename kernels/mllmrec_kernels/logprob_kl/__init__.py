@@ -3,4 +3,4 @@
 from mllmrec_kernels.logprob_kl.api import LogprobOutput as LogprobOutput
 from mllmrec_kernels.logprob_kl.api import check_implementation as check_implementation
 from mllmrec_kernels.logprob_kl.api import compute_logprobs as compute_logprobs
-from mllmrec_kernels.logprob_kl.logprobs import VocabSharding as VocabSharding
+from mllmrec_kernels.logprob_kl.vocab_sharding import VocabSharding as VocabSharding

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
@@ -10,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mllmrec_kernels.logprob_kl.logprobs import Heads, Options, RowInputs, VocabSharding, map_logprobs
+from mllmrec_kernels.logprob_kl.logprobs import Heads, Options, RowInputs, map_logprobs
 from mllmrec_kernels.logprob_kl.moments import Rows
 from mllmrec_kernels.logprob_kl.reference import compute_logprobs_reference
+from mllmrec_kernels.logprob_kl.vocab_sharding import VocabSharding, count_devices
 from mllmrec_kernels.triton_launch import find_device, is_interpreted
 
 Implementation = Literal["triton", "xla_chunked", "reference"]
@@ -131,8 +131,7 @@ def check_implementation(implementation: str) -> None:
 
 
 def _check_sharding(sharding: VocabSharding, tokens: int, vocabulary: int) -> None:
-    rows = math.prod(sharding.mesh.shape[axis] for axis in sharding.row_axes)
-    parts = math.prod(sharding.mesh.shape[axis] for axis in sharding.vocab_axes)
+    rows, parts = (count_devices(sharding, axes) for axes in (sharding.row_axes, sharding.vocab_axes))
     if tokens % rows:
         raise ValueError(f"sharding: N = {tokens} rows do not divide over {rows} devices of the axes {sharding.row_axes}")
     if vocabulary % parts:

@@ -9,7 +9,7 @@ head's 2NDV FLOPs in all, where recomputing takes three. It gives the gradient o
 every gradient, the head's too.
 
 With a `VocabSharding`, every device sees its rows and its part of the vocabulary. What crosses devices is a few numbers a row
-(`moments.Others`), and one sum over the vocabulary axis of an [N, D] gradient.
+(`moments.Others`), hidden states where an axis cuts both, and one sum over the vocabulary of an [N, D] gradient.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from mllmrec_kernels.logprob_kl import xla_chunked
 from mllmrec_kernels.logprob_kl.moments import Others, Rows, finish_rows, merge_parts
-
-
-class VocabSharding(NamedTuple):
-    """Where rows and vocabulary lie on a mesh."""
-
-    mesh: Mesh | AbstractMesh
-    row_axes: tuple[str, ...]
-    """Mesh axes that cut N; their product divides N."""
-    vocab_axes: tuple[str, ...]
-    """Mesh axes that cut V; their product divides V."""
+from mllmrec_kernels.logprob_kl.vocab_sharding import (
+    VocabSharding,
+    count_devices,
+    first_token,
+    gather_parts,
+    gather_rows,
+    keep_own_rows,
+    sum_parts,
+    sum_parts_of_own_rows,
+    sum_rows,
+)
 
 
 class Options(NamedTuple):
@@ -91,23 +92,23 @@ map_logprobs.defvjp(_forward, _backward)
 
 def _forward_part(rows: RowInputs, heads: Heads, options: Options, *, direction: bool) -> tuple[Rows, jax.Array | None]:
     """This device's rows against its part of the vocabulary; with `direction`, also d log p_t / d h in the dtype of hidden."""
-    part = _implementation(options)
+    part, sharding = _implementation(options), options.sharding
     head, head_ref = heads.policy, heads.policy if heads.reference is None else heads.reference
-    axes, first = _find_part(options, head)
+    first = first_token(sharding, head.shape[0])
+    scale = 1.0 / options.temperature
 
-    def over_parts(values: jax.Array) -> jax.Array:
-        return jax.lax.psum(values, axes) if axes else values
-
-    def step(row: RowInputs) -> tuple[Rows, jax.Array | None]:
+    def step(own: RowInputs) -> tuple[Rows, jax.Array | None]:
+        row = gather_rows(sharding, own)
         target = row.target - first
         here = (target >= 0) & (target < head.shape[0])
 
         def row_of(head: jax.Array) -> jax.Array:
             picked = head[jnp.clip(target, 0, head.shape[0] - 1)].astype(jnp.float32)
-            return jnp.where(here[:, None], picked, 0) if axes else picked
+            return picked if sharding is None else jnp.where(here[:, None], picked, 0)
 
         def target_logit(hidden: jax.Array, head: jax.Array) -> jax.Array:
-            return over_parts(jnp.sum(hidden.astype(jnp.float32) * row_of(head), axis=-1)) * (1.0 / options.temperature)
+            # Scaled inside the sum: outside, the compiler may fuse it with what follows, and differently for policy and reference.
+            return sum_parts(sharding, jnp.sum(hidden.astype(jnp.float32) * row_of(head) * scale, axis=-1))
 
         others, mean = part.compute_others(
             row.hidden,
@@ -121,48 +122,43 @@ def _forward_part(rows: RowInputs, heads: Heads, options: Options, *, direction:
             mean_head=direction,
         )
         local = others.lse
-        if axes:
-            others = merge_parts(Others(*jax.lax.all_gather(tuple(others), axes)))
+        parts = gather_parts(sharding, tuple(others))
+        others = others if parts is None else merge_parts(Others(*parts))
         target_ref = None if row.hidden_ref is None else target_logit(row.hidden_ref, head_ref)
-        out = finish_rows(others, target_logit(row.hidden, head), target_ref)
+        out = keep_own_rows(sharding, finish_rows(others, target_logit(row.hidden, head), target_ref))
         if mean is None:
             return out, None
         weight = jnp.where(jnp.isneginf(local), 0, jnp.exp(local - others.lse))[:, None]
-        pull = over_parts(row_of(head) - weight * mean) * (jnp.exp(out.log_rest) * (1.0 / options.temperature))[:, None]
+        pull = sum_parts_of_own_rows(sharding, row_of(head) - weight * mean) * (jnp.exp(out.log_rest) * scale)[:, None]
         return out, pull.astype(row.hidden.dtype)
 
-    return _map_chunks(step, rows, part.chunk_rows(options.chunk_tokens, head.shape[0], head.dtype.itemsize, holds_logits=direction))
+    return _scan_chunks(lambda carry, own: (carry, step(own)), None, rows, _chunk_rows(options, head, holds_logits=direction))[1]
 
 
 def _backward_part(rows: RowInputs, heads: Heads, out: Rows, grads: Rows, options: Options) -> tuple[jax.Array, jax.Array]:
     """(d hidden, d head): logits are computed again, chunk by chunk."""
-    part = _implementation(options)
+    part, sharding = _implementation(options), options.sharding
     head, head_ref = heads.policy, heads.policy if heads.reference is None else heads.reference
-    axes, first = _find_part(options, head)
+    first = first_token(sharding, head.shape[0])
 
-    def step(d_head: jax.Array, chunk: tuple[RowInputs, Rows, Rows]) -> tuple[jax.Array, jax.Array]:
-        row, out, grads = chunk
+    def step(d_head: jax.Array, own: tuple[RowInputs, Rows, Rows]) -> tuple[jax.Array, jax.Array]:
+        row, out, grads = gather_rows(sharding, own)
         d_logits = part.compute_logit_gradient(
             row.hidden, row.hidden_ref, head, head_ref, row.target - first, out, grads, temperature=options.temperature
         )
-        d_hidden = jnp.dot(d_logits, head, preferred_element_type=jnp.float32)
-        d_hidden = jax.lax.psum(d_hidden, axes) if axes else d_hidden
+        d_hidden = sum_parts_of_own_rows(sharding, jnp.dot(d_logits, head, preferred_element_type=jnp.float32))
         d_head += jax.lax.dot_general(d_logits, row.hidden, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return d_head, d_hidden.astype(row.hidden.dtype)
 
-    d_head = jnp.zeros(head.shape, jnp.float32)
-    d_head, d_hidden = _scan_chunks(
-        step, d_head, (rows, out, grads), part.chunk_rows(options.chunk_tokens, head.shape[0], head.dtype.itemsize, holds_logits=True)
-    )
-    if options.sharding is not None and options.sharding.row_axes:
-        d_head = jax.lax.psum(d_head, options.sharding.row_axes)
-    return d_hidden, d_head.astype(head.dtype)
+    zeros = jnp.zeros(head.shape, jnp.float32)
+    d_head, d_hidden = _scan_chunks(step, zeros, (rows, out, grads), _chunk_rows(options, head, holds_logits=True))
+    return d_hidden, sum_rows(sharding, d_head).astype(head.dtype)
 
 
-def _find_part(options: Options, head: jax.Array) -> tuple[tuple[str, ...], jax.Array | int]:
-    """(mesh axes that cut the vocabulary, first token id of this device's part)."""
-    axes = () if options.sharding is None else options.sharding.vocab_axes
-    return axes, jax.lax.axis_index(axes) * head.shape[0] if axes else 0
+def _chunk_rows(options: Options, head: jax.Array, *, holds_logits: bool) -> int:
+    """Rows of this device a chunk; what is gathered from others counts."""
+    rows = _implementation(options).chunk_rows(options.chunk_tokens, head.shape[0], head.dtype.itemsize, holds_logits=holds_logits)
+    return rows if options.sharding is None else max(1, rows // count_devices(options.sharding, options.sharding.shared_axes))
 
 
 def _implementation(options: Options) -> Any:
@@ -185,10 +181,6 @@ def _on_mesh(function: Callable[..., Any], options: Options, rows: RowInputs, he
     outputs = (by_row, by_vocab) if more else (by_row, by_row)
     specs = (by_row, by_vocab, *(by_row for _ in more))
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=outputs, check_vma=False)(rows, heads, *more)
-
-
-def _map_chunks(function: Callable[..., Any], rows: Any, chunk: int) -> Any:
-    return _scan_chunks(lambda carry, part: (carry, function(part)), None, rows, chunk)[1]
 
 
 def _scan_chunks(function: Callable[..., Any], carry: Any, rows: Any, chunk: int) -> tuple[Any, Any]:
