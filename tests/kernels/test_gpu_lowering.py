@@ -10,15 +10,21 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from mllmrec_kernels.logprob_kl import compute_logprobs
-from mllmrec_kernels.logprob_kl.logprobs import VocabSharding
+from mllmrec_jax.config import GrpoConfig, LogprobConfig, LoraConfig, ModelConfig
+from mllmrec_jax.data.group_batch import GroupBatch
+from mllmrec_jax.model.lora import add_adapters
+from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.train.grpo_step import GrpoBatch, make_grpo_step
+from mllmrec_jax.train.state import init_state, make_optimizer, split_policy
+from mllmrec_kernels.logprob_kl import VocabSharding, compute_logprobs
 from mllmrec_kernels.triton_launch import DEVICE_VARIABLE, collect_launches
 
 pytestmark = [
@@ -52,7 +58,7 @@ def make_function(options: dict[str, Any], **more: Any) -> tuple[Callable[..., A
     return function, (hidden, head, hidden, jax.ShapeDtypeStruct((N,), jnp.int32))
 
 
-def lower(function: Callable[..., Any], arguments: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+def lower(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """The StableHLO operation of the whole program, lowered for CUDA."""
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     module: Any = lowered.compiler_ir("stablehlo")
@@ -132,3 +138,23 @@ def test_parts_of_the_vocabulary_each_have_their_kernel(name: str) -> None:
     whole, parts = (lower(*make_function(MODES[name], sharding=s)) for s in (None, sharding))
     assert find_names(list_kernels(parts)) == find_names(list_kernels(whole))
     assert not [shape for shape, size in list_buffers(parts).items() if size > 0.6e9 and shape != (V, D)]
+
+
+@pytest.mark.parametrize("estimator", ["k3", "exact"])
+def test_the_grpo_step_calls_the_kernels(estimator: Literal["k3", "exact"]) -> None:
+    """The whole update of a model with adapters: k3 runs the accumulate kernels, the exact KL those that compute logits again."""
+    config = ModelConfig(num_layers=2, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32, max_position=128)
+    grpo = GrpoConfig(mode="lora", group_size=4, max_new_tokens=8, kl_estimator=estimator, lora=LoraConfig(rank=4))
+    model = Decoder(config, vocab_size=4096, rngs=nnx.Rngs(0))
+    add_adapters(model, grpo.lora, rngs=nnx.Rngs(1))
+    policy, optimizer = split_policy(model, "lora"), make_optimizer(grpo.optimizer, 10)
+
+    def integers(*shape: int) -> jax.Array:
+        return jnp.zeros((1, *shape), jnp.int32)
+
+    group = GroupBatch(integers(2, 16), integers(2), integers(2, 4, 8), integers(2, 4))
+    batch = GrpoBatch(group, jnp.zeros((1, 2, 4)), jnp.zeros((1, 2, 4, 8)), None)
+    step = make_grpo_step(policy, optimizer, grpo, LogprobConfig(implementation="triton"))
+    program = lower(step, (init_state(policy.trained, optimizer), policy.frozen, None, batch))
+    backward = {"mean_head_kernel"} if estimator == "k3" else {"logit_gradient_kernel"}
+    assert find_names(list_kernels(program)) == {"others_kernel"} | backward
