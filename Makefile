@@ -15,6 +15,8 @@ LOWERING_VENV ?= .venv-gpu-lowering
 PIP_ARGS ?=
 ARGS ?=
 PYTEST_ARGS ?=
+# A test file stays on one worker, which compiles what its tests share once.
+WORKERS := -n auto --dist loadfile
 
 BIN := $(VENV)/bin
 LOWERING_BIN := $(LOWERING_VENV)/bin
@@ -32,16 +34,16 @@ quickstart: $(VENV)/.installed
 	$(BIN)/mllmrec run quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 # On the JAX release that GPUs run, without a GPU and without torch: programs lowered for CUDA, then every test that needs neither.
 # Kernels are interpreted or compiled, one or the other in a process: hence two.
 test-gpu-lowering: $(LOWERING_VENV)/.installed
 	TRITON_INTERPRET=0 MLLMREC_TRITON_DEVICE=sm_90 $(LOWERING_BIN)/python -m pytest -m gpu_lowering $(PYTEST_ARGS)
-	$(LOWERING_BIN)/python -m pytest -m "not slow and not gpu_lowering" $(PYTEST_ARGS)
+	$(LOWERING_BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu_lowering" $(PYTEST_ARGS)
 
 # On a machine with an NVIDIA GPU and whatever Python there has jax with CUDA, triton and jax-triton: nothing is installed.
 gpu-check:

@@ -18,6 +18,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or that does not belong to this run."""
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: JAX's preemption service follows one count of steps, that of `PreemptionGuard`, and a second would be lost in it."""
+        return False
+
+
 class Checkpoints:
     """A folder of checkpoints of one stage (SFT or GRPO).
 
@@ -33,7 +39,7 @@ class Checkpoints:
         self.identity = json.loads(json.dumps(identity))
         # Half-written checkpoints of a killed or failed run take room, and are never read.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _Manager(self.folder, options=options)
 
     def clear(self) -> None:
         """Deletes every checkpoint of this stage: it starts over."""

@@ -14,7 +14,8 @@ from typing import Any
 import tyro
 
 from mllmrec_jax import __version__
-from mllmrec_jax.config import ConfigError, RunConfig, check_config, load_config
+from mllmrec_jax.config import PREPROCESS_STAGES, ConfigError, RunConfig, check_config, load_config
+from mllmrec_jax.distributed import EXIT_PREEMPTED, PreemptedError, abort_distributed, is_main_process, start_distributed, stop_distributed
 from mllmrec_jax.resources import find_config
 
 INTERRUPTED = 130
@@ -28,6 +29,13 @@ def _prepare(config: RunConfig, options: argparse.Namespace) -> None:
 
     for note in prepare_data(config).notes:
         print(note)
+
+
+def _preprocess(config: RunConfig, options: argparse.Namespace) -> None:
+    from mllmrec_jax.preprocess.run import run_preprocess
+    from mllmrec_jax.preprocess.summary import list_summary
+
+    print("\n".join(list_summary(run_preprocess(config, until=options.stage))))
 
 
 def _sft(config: RunConfig, options: argparse.Namespace) -> None:
@@ -81,14 +89,21 @@ class _Command:
     description: str
     options: tuple[tuple[str, dict[str, Any]], ...] = ()
     """Options that are not part of a run's configuration: name, arguments of `add_argument`."""
+    distributed: bool = False
+    """Whether it runs on all processes of [distributed]; the others are of one process."""
 
 
 COMMANDS = {
     "prepare": _Command(_prepare, "read or generate the data, freeze candidates, write verified shards"),
-    "sft": _Command(_sft, "supervised fine-tuning", (_RESUME, _OVERWRITE)),
-    "grpo": _Command(_grpo, "GRPO on the SFT result of the same run folder", (_RESUME,)),
-    "evaluate": _Command(_evaluate, "rank with what the run folder holds; write report.json and report.html"),
-    "run": _Command(_run, "all of these: prepare, sft, grpo, evaluation before and after, report", (_RESUME, _OVERWRITE)),
+    "preprocess": _Command(
+        _preprocess,
+        "pictures and histories to captions, traces, scores and shards",
+        (("--stage", {"choices": list(PREPROCESS_STAGES), "default": "emit", "help": "last stage to run; not given: all"}),),
+    ),
+    "sft": _Command(_sft, "supervised fine-tuning", (_RESUME, _OVERWRITE), distributed=True),
+    "grpo": _Command(_grpo, "GRPO on the SFT result of the same run folder", (_RESUME,), distributed=True),
+    "evaluate": _Command(_evaluate, "rank with what the run folder holds; write report.json and report.html", distributed=True),
+    "run": _Command(_run, "all of these: prepare, sft, grpo, evaluation before and after, report", (_RESUME, _OVERWRITE), distributed=True),
     "export": _Command(
         _export,
         "write a stage's weights as a Hugging Face folder",
@@ -111,6 +126,8 @@ COMMANDS = {
 def _announce(report: dict, folder: Path) -> None:
     from mllmrec_jax.evaluate.console import print_table
 
+    if not is_main_process():
+        return
     print_table(report)
     print(f"report: {folder / 'report.html'} and {folder / 'report.json'}")
 
@@ -151,7 +168,7 @@ def _parse(argv: Sequence[str]) -> tuple[_Command, argparse.Namespace, RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 2 on anything the user can mend, with the cause in one message."""
+    """Entry point; exits with 2 on anything the user can mend, with the cause in one message, and with 75 after SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words[:1] == ["launch"]:
@@ -161,13 +178,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         command, options, config = _parse(words)
         # Compiled programs are kept beside the prepared data: the second run of a configuration starts at once.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((config.cache / "xla").absolute()))
+        if command.distributed:
+            start_distributed(config.distributed)
         command.call(config, options)
+        stop_distributed()
+    except PreemptedError as reason:
+        stop_distributed()
+        print(reason, file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
+        abort_distributed("interrupted", INTERRUPTED)
         print("interrupted; go on with --resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, RuntimeError, OSError) as error:
         if not isinstance(error, OSError) and not type(error).__module__.startswith("mllmrec_"):
             raise
+        abort_distributed(str(error), 2)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -365,6 +365,101 @@ class DistributedConfig:
     """How long processes wait for each other at the start (seconds)."""
 
 
+PreprocessStage = Literal["caption", "pseudo_cot", "refine_cot", "sanitize", "embed", "score", "mix", "emit"]
+PREPROCESS_STAGES: tuple[PreprocessStage, ...] = get_args(PreprocessStage)
+PreprocessBackend = Literal["local"]
+
+
+@_config_class
+class ImageConfig:
+    """Limits of picture files; a file beyond them is refused and counted."""
+
+    max_bytes: PositiveInt = 64_000_000
+    """Largest file read (bytes)."""
+    max_pixels: PositiveInt = 40_000_000
+    """Largest picture decoded, after a JPEG decoder's own reduction (pixels)."""
+
+
+@_config_class
+class CaptionConfig:
+    """Captions of pictures."""
+
+    enabled: bool = True
+    """Off: traces and prompts see no captions (an ablation of the paper)."""
+    backend: PreprocessBackend = "local"
+    """Who writes; `local` measures the picture and downloads nothing."""
+    max_words: PositiveInt = 50
+    """Longer captions are cut (words)."""
+
+
+@_config_class
+class TraceConfig:
+    """One of the two writings of a reasoning trace."""
+
+    enabled: bool = True
+    """Off: the trace is written without this step (ablations of the paper)."""
+    backend: PreprocessBackend = "local"
+    """Who writes; `local` counts what captions and titles share and downloads nothing."""
+
+
+@_config_class
+class EmbedConfig:
+    """Embeddings of pictures and texts in one space."""
+
+    backend: PreprocessBackend = "local"
+    """`local`: a small dual encoder trained on the catalogue's own title-picture pairs."""
+    dimension: PositiveInt = 96
+    """Length of an embedding of `local`."""
+    steps: PositiveInt = 600
+    """Optimizer steps of `local`."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Pairs a step; the others in the batch are the negatives."""
+    learning_rate: PositiveFloat = 3e-3
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the pairs not trained on, on which planted mismatches are looked for."""
+    max_pairs: PositiveInt = 20_000
+    """Most pairs trained on (bounds the memory)."""
+    seed: int = 0
+    """Seed of weights, batches and held-out pairs of `local`."""
+
+
+@_config_class
+class MixConfig:
+    """Which training windows get their trace."""
+
+    sft_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of SFT's windows with a trace (the paper's p)."""
+    grpo_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of GRPO's prompts with a trace."""
+    selection: Literal["top", "random"] = "top"
+    """`top`: the highest consistency scores; `random`: as many drawn by `seed`, for comparison."""
+    seed: int = 0
+    """Seed of `random`."""
+
+
+@_config_class
+class LeakConfig:
+    """The audit of traces against their targets."""
+
+    max_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of traces that may tell their target before the run fails; one that does never reaches a prompt."""
+    fuzzy: Fraction = 0.9
+    """Likeness to the target's title from which other words count as it (1 - edits / length)."""
+
+
+@_config_class
+class PreprocessConfig:
+    """Pictures and histories to scored, leak-free reasoning (`mllmrec preprocess`)."""
+
+    images: ImageConfig = dataclasses.field(default_factory=ImageConfig)
+    caption: CaptionConfig = dataclasses.field(default_factory=CaptionConfig)
+    pseudo_cot: TraceConfig = dataclasses.field(default_factory=TraceConfig)
+    refine_cot: TraceConfig = dataclasses.field(default_factory=TraceConfig)
+    embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
+    mix: MixConfig = dataclasses.field(default_factory=MixConfig)
+    leaks: LeakConfig = dataclasses.field(default_factory=LeakConfig)
+
+
 @_config_class
 class RunConfig:
     """Everything that shapes a run."""
@@ -388,6 +483,7 @@ class RunConfig:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
 
 
 def _known_keys(cls: Any, location: tuple[str | int, ...]) -> list[str]:

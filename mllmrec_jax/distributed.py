@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
@@ -37,6 +37,8 @@ EXIT_PREEMPTED = 75
 """Stopped by SIGTERM after a whole step, with everything saved: start again with --resume (EX_TEMPFAIL of sysexits.h)."""
 
 _FAILURES = "mllmrec/failures/"
+_TURNS = "mllmrec/turns/"
+_TURN_TIMEOUT_MS = 7 * 86_400_000
 _POLL_S = 1.0
 _CHECK_PAUSE_S = 0.2
 # Process 0 may write the report while the others wait; a process lost in that time is noticed by the ways above, not by this.
@@ -45,6 +47,10 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 # What the loss of another process looks like from here. The cause itself is known a little later: see _report_exception.
 _PEER_LOSS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection closed by peer", "Connection reset by peer")
+
+
+class PreemptedError(Exception):
+    """A training that SIGTERM stopped after a whole step, with everything saved; the message says where."""
 
 
 class DistributedError(RuntimeError):
@@ -145,6 +151,8 @@ class _Runtime(threading.Thread):
         self.stopped = threading.Event()
         self.boundaries = 0
         """Step boundaries passed so far, by all guards."""
+        self.turns = 0
+        """Blocks of `main_process_first` entered so far."""
 
     def run(self) -> None:
         while not self.stopped.wait(_POLL_S):
@@ -235,6 +243,25 @@ def is_main_process() -> bool:
     return _runtime is None or _runtime.processes.index == 0
 
 
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Process 0 runs the block while the others wait, for as long as it takes; then they run it too, and find what it left on disk.
+
+    Every process passes through the same blocks in the same order.
+    """
+    if _runtime is None:
+        yield
+        return
+    _runtime.turns += 1
+    key = f"{_TURNS}{_runtime.turns}"
+    if _runtime.processes.index == 0:
+        yield
+        _runtime.client.key_value_set(key, "done")
+    else:
+        _runtime.client.blocking_key_value_get(key, _TURN_TIMEOUT_MS)  # where process 0 fails, the watching thread ends this process
+        yield
+
+
 def abort_distributed(reason: str, code: int = EXIT_FAILURE) -> None:
     """Ends this process at once with `code` and makes the others end with `reason`; returns where no runtime was started.
 
@@ -316,6 +343,11 @@ class PreemptionGuard:
 
             _runtime.boundaries += 1
             self._stopping = multihost_utils.reached_preemption_sync_point(_runtime.boundaries)
+        return self._stopping
+
+    @property
+    def stopping(self) -> bool:
+        """What `should_stop` said last."""
         return self._stopping
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mllmrec_jax.baselines.covisitation import score_covisitation
 from mllmrec_jax.baselines.popularity import score_popularity
 from mllmrec_jax.checkpoint import Checkpoints
-from mllmrec_jax.config import ConfigError, RunConfig, fingerprint
+from mllmrec_jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, fingerprint
 from mllmrec_jax.data.atomic import write_file
 from mllmrec_jax.data.candidates import locate_targets
 from mllmrec_jax.data.loader import check_buckets, iterate_all
@@ -25,6 +30,7 @@ from mllmrec_jax.data.posterworld import build_world, oracle_scores
 from mllmrec_jax.data.records import Item
 from mllmrec_jax.data.shards import Shards
 from mllmrec_jax.data.splits import full_pasts
+from mllmrec_jax.distributed import is_main_process, main_process_first
 from mllmrec_jax.evaluate.protocol import RankedModel, compare_models, rank_models, score_shards, tabulate_metrics
 from mllmrec_jax.evaluate.report import CandidateView, ExampleView, ItemView, build_report, write_report
 from mllmrec_jax.generate.rollout import check_positions, make_keys
@@ -32,14 +38,29 @@ from mllmrec_jax.model.hf_config import read_model_config
 from mllmrec_jax.model.hf_weights import export_weights, load_weights, weights_hash
 from mllmrec_jax.model.lora import add_adapters
 from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.model.sharded import make_sharded
 from mllmrec_jax.model.vocabulary import set_item_rows
 from mllmrec_jax.prepare import Prepared, TestLists, prepare_data
 from mllmrec_jax.prompts import sanitise_text
 from mllmrec_jax.provenance import write_provenance
+from mllmrec_jax.sharding import (
+    check_model,
+    current_mesh,
+    find_own_rows,
+    make_mesh,
+    place,
+    place_batch,
+    read_own_rows,
+    round_batch,
+    share_rows,
+    use_mesh,
+)
 from mllmrec_jax.train.grpo_loop import make_rollout, run_grpo
 from mllmrec_jax.train.metrics_log import read_metrics
 from mllmrec_jax.train.sft_loop import run_sft
-from mllmrec_jax.train.state import Policy, TrainState, fold_policy, init_state, make_optimizer, merge_policy, split_policy
+from mllmrec_jax.train.stage import start_state
+from mllmrec_jax.train.state import Policy, TrainState, fold_policy, make_optimizer, merge_policy, split_policy
+from mllmrec_kernels.logprob_kl import check_implementation
 
 
 class RunFolderError(RuntimeError):
@@ -66,15 +87,23 @@ def open_run_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path
     return folder
 
 
+def _check_vocabulary(model: ModelConfig, size: int) -> None:
+    mesh = current_mesh()
+    if mesh is not None:
+        check_model(model, mesh, vocab_size=size, batch_size=0)
+
+
 def make_base_model(config: RunConfig, prepared: Prepared) -> Decoder:
     """The model before SFT: read from `model.weights`, or random.
 
     Raises:
-      ConfigError: the model's vocabulary is smaller than the tokenizer's, or prompts are longer than the model takes.
+      ConfigError: the model's vocabulary is smaller than the tokenizer's or does not divide over the mesh, or prompts are longer than the
+        model takes.
     """
     tokenizer, model = prepared.tokenizer, config.model
     if model.weights is None:
-        decoder = Decoder(model, vocab_size=tokenizer.vocab_size, rngs=nnx.Rngs(config.seed))
+        _check_vocabulary(model, tokenizer.vocab_size)
+        decoder = make_sharded(lambda: Decoder(model, vocab_size=tokenizer.vocab_size, rngs=nnx.Rngs(config.seed)))
     else:
         sizes, vocab_size = read_model_config(model.weights, model)
         first_item = tokenizer.item_range[0] if tokenizer.item_range else tokenizer.vocab_size
@@ -83,6 +112,7 @@ def make_base_model(config: RunConfig, prepared: Prepared) -> Decoder:
                 f"{model.weights}: the model's vocabulary has {vocab_size} rows, expected at least the tokenizer's {first_item} tokens; "
                 "use the tokenizer that belongs to these weights"
             )
+        _check_vocabulary(sizes, max(vocab_size, tokenizer.vocab_size))
         decoder = load_weights(model.weights, sizes, min_vocab_size=tokenizer.vocab_size, seed=config.seed)
         if tokenizer.item_range:
             texts = [
@@ -98,12 +128,16 @@ def make_base_model(config: RunConfig, prepared: Prepared) -> Decoder:
     return decoder
 
 
+def _place_policy(policy: Policy) -> Policy:
+    return policy._replace(trained=place(policy.trained), frozen=place(policy.frozen))
+
+
 def sft_policy(config: RunConfig, prepared: Prepared) -> Policy:
-    """The base model split for SFT, with fresh adapters in lora mode."""
+    """The base model split for SFT, with fresh adapters in lora mode, over the mesh in context."""
     model = make_base_model(config, prepared)
     if config.sft.mode == "lora":
         add_adapters(model, config.sft.lora, rngs=nnx.Rngs(config.seed + 1))
-    return split_policy(model, config.sft.mode)
+    return _place_policy(split_policy(model, config.sft.mode))
 
 
 def grpo_policy(config: RunConfig, sft: Policy, trained: Any) -> Policy:
@@ -114,41 +148,70 @@ def grpo_policy(config: RunConfig, sft: Policy, trained: Any) -> Policy:
         parameter.set_value(parameter[...].astype(dtype))
     if config.grpo.mode == "lora":
         add_adapters(model, config.grpo.lora, rngs=nnx.Rngs(config.seed + 2))
-    return split_policy(model, config.grpo.mode)
+    return _place_policy(split_policy(model, config.grpo.mode))
 
 
-def _identity(config: RunConfig, stage: str, policy: Policy, shards: Shards) -> dict[str, Any]:
-    """What a checkpoint of `stage` belongs to."""
-    # In full mode nothing is frozen: a stage belongs to the weights it started from.
-    base = policy.frozen if getattr(config, stage).mode == "lora" else policy.trained
+def _hash_base(config: RunConfig, policy: Policy) -> str:
+    """Of the weights SFT starts from."""
+    return weights_hash(policy.frozen if config.sft.mode == "lora" else policy.trained)
+
+
+def _hash_result(policy: Policy, trained: Any) -> str:
+    """Of the weights GRPO starts from, SFT's adapters beside their base: merged they are rounded, which differs from mesh to mesh."""
+    parts = {"frozen": policy.frozen, "trained": trained}
+    flat = {name: dict(nnx.to_flat_state(state)) for name, state in parts.items()}
+    return weights_hash(nnx.from_flat_state({(name, *path): nnx.Param(x[...]) for name, part in flat.items() for path, x in part.items()}))
+
+
+def _identity(config: RunConfig, stage: str, policy: Policy, shards: Shards, base_weights: str) -> dict[str, Any]:
+    """What a checkpoint of `stage` belongs to, on any mesh."""
     # As the weights' config.json says; where the folder lies does not matter, its weights have a hash of their own.
     model = dataclasses.replace(merge_policy(policy).config, weights=None)
     return {
         "stage": stage,
         "config": fingerprint(getattr(config, stage), model, config.logprob, config.seed, list(config.loader.buckets)),
         "data": fingerprint(shards.manifest["provenance"]),
-        "base_weights": weights_hash(base),
+        "base_weights": base_weights,
     }
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _on_mesh(method: Callable[Concatenate[Run, Arguments], Result]) -> Callable[Concatenate[Run, Arguments], Result]:
+    @functools.wraps(method)
+    def call(run: Run, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with use_mesh(run.mesh):
+            return method(run, *args, **kwargs)
+
+    return call
 
 
 @dataclasses.dataclass
 class Run:
-    """One run folder, its prepared data, and the weights of the stages done so far."""
+    """One run folder, its prepared data, the weights of the stages done so far, and the devices they lie on.
+
+    In a run of many processes each has one and calls the same methods; process 0 alone writes files, beside its part of a checkpoint.
+    """
 
     config: RunConfig
     folder: Path
     prepared: Prepared
     provenance: dict[str, Any]
+    mesh: Mesh
 
+    @_on_mesh
     def sft(self, *, resume: bool) -> tuple[Policy, Any]:
         """Runs (or finishes, or finds finished) SFT; returns its policy and trained weights."""
         policy = sft_policy(self.config, self.prepared)
-        identity = _identity(self.config, "sft", policy, self.prepared.sft)
+        identity = _identity(self.config, "sft", policy, self.prepared.sft, _hash_base(self.config, policy))
         self._mark_unfinished("sft")
         trained, steps = run_sft(self.config, policy, self.prepared.sft, folder=self.folder, identity=identity, resume=resume)
         self._mark_finished("sft", steps)
         return policy, trained
 
+    @_on_mesh
     def load_sft(self) -> tuple[Policy, Any]:
         """The trained weights of a finished SFT stage.
 
@@ -158,23 +221,26 @@ class Run:
         """
         steps = self._require_finished("sft")
         policy = sft_policy(self.config, self.prepared)
-        return policy, self._load_trained("sft", policy, self.prepared.sft, steps)
+        identity = _identity(self.config, "sft", policy, self.prepared.sft, _hash_base(self.config, policy))
+        return policy, self._load_trained("sft", policy, identity, steps)
 
+    @_on_mesh
     def load_policies(self) -> dict[str, tuple[Policy, Any]]:
         """The finished stages of this folder: SFT, and GRPO where it is there."""
         sft, sft_trained = self.load_sft()
         policies = {"sft": (sft, sft_trained)}
         if self._marker("grpo").is_file():
             policy = grpo_policy(self.config, sft, sft_trained)
-            policies["grpo"] = (policy, self._load_trained("grpo", policy, self.prepared.grpo, self._require_finished("grpo")))
+            identity = _identity(self.config, "grpo", policy, self.prepared.grpo, _hash_result(sft, sft_trained))
+            policies["grpo"] = (policy, self._load_trained("grpo", policy, identity, self._require_finished("grpo")))
         return policies
 
-    def _load_trained(self, stage: Literal["sft", "grpo"], policy: Policy, shards: Shards, steps: int) -> Any:
-        like = init_state(policy.trained, make_optimizer(getattr(self.config, stage).optimizer, 1))
-        identity = _identity(self.config, stage, policy, shards)
+    def _load_trained(self, stage: Literal["sft", "grpo"], policy: Policy, identity: dict[str, Any], steps: int) -> Any:
+        like = start_state(policy.trained, make_optimizer(getattr(self.config, stage).optimizer, 1))
         with contextlib.closing(Checkpoints(self.folder / "checkpoints" / stage, identity)) as checkpoints:
             return TrainState(*checkpoints.restore(tuple(like), steps)[1]).trained
 
+    @_on_mesh
     def grpo(self, sft: Policy, sft_trained: Any, *, resume: bool) -> tuple[Policy, Any]:
         """Runs (or finishes, or finds finished) GRPO on SFT's result; returns its policy and trained weights."""
         policy = grpo_policy(self.config, sft, sft_trained)
@@ -188,7 +254,7 @@ class Run:
             self.prepared.tokenizer,
             titles,
             folder=self.folder,
-            identity=_identity(self.config, "grpo", policy, self.prepared.grpo),
+            identity=_identity(self.config, "grpo", policy, self.prepared.grpo, _hash_result(sft, sft_trained)),
             resume=resume,
         )
         self._mark_finished("grpo", steps)
@@ -198,10 +264,12 @@ class Run:
         return self.folder / f"{stage}.finished"
 
     def _mark_unfinished(self, stage: str) -> None:
-        self._marker(stage).unlink(missing_ok=True)
+        if is_main_process():
+            self._marker(stage).unlink(missing_ok=True)
 
     def _mark_finished(self, stage: str, steps: int) -> None:
-        write_file(self._marker(stage), f"{steps}\n".encode())
+        if is_main_process():
+            write_file(self._marker(stage), f"{steps}\n".encode())
 
     def _require_finished(self, stage: str) -> int:
         """Steps of a finished stage; a half-trained one is never taken for it."""
@@ -223,6 +291,7 @@ class Run:
             scores["oracle"] = oracle_scores(world, full_pasts(lists.windows, prepared.dataset), lists.candidates)
         return scores
 
+    @_on_mesh
     def report(self, policies: dict[str, tuple[Policy, Any]]) -> dict[str, Any]:
         """Ranks with every policy and floor, and writes `report.json` and `report.html`."""
         config, prepared = self.config, self.prepared
@@ -249,7 +318,8 @@ class Run:
             provenance=self.provenance,
             notes=list(prepared.notes),
         )
-        write_report(self.folder, report)
+        if is_main_process():
+            write_report(self.folder, report)
         return report
 
     def _examples(self, policies: dict[str, tuple[Policy, Any]], ranked: dict[str, RankedModel]) -> list[ExampleView]:
@@ -262,7 +332,7 @@ class Run:
         answers = {name: self._sample_answers(policy, trained, rows) for name, (policy, trained) in policies.items()}
         prompts = lists.shards.read_rows(rows)
         views = []
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             window = lists.windows[row]
             candidates = tuple(
                 CandidateView(
@@ -273,15 +343,15 @@ class Run:
                 for column, item in enumerate(lists.candidates[row])
             )
             ranks = {name: float(ranked[name].ranks.average[row]) for name in policies}
-            prompt = prompts["prompt"][place][: prompts["prompt_length"][place]]
+            prompt = prompts["prompt"][index][: prompts["prompt_length"][index]]
             views.append(
                 ExampleView(
                     user=window.user,
                     history=tuple(_view(prepared.dataset.items[item], self.folder) for item in window.history),
                     candidates=candidates,
                     prompt=prepared.tokenizer.decode(prompt, keep_stops=True),
-                    sft_answers=answers.get("sft", [()] * count)[place],
-                    grpo_answers=answers.get("grpo", [()] * count)[place],
+                    sft_answers=answers.get("sft", [()] * count)[index],
+                    grpo_answers=answers.get("grpo", [()] * count)[index],
                     sft_rank=ranks.get("sft"),
                     grpo_rank=ranks.get("grpo"),
                 )
@@ -292,11 +362,14 @@ class Run:
         """A few sampled answers for each of the test rows, at GRPO's temperature."""
         config, tokenizer = self.config, self.prepared.tokenizer
         rollout = make_rollout(policy, config.grpo, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+        size = round_batch(len(rows))
+        own = find_own_rows(size)
         texts: list[tuple[str, ...]] = []
-        for batch in iterate_all(self.prepared.test.shards, batch_size=len(rows), rows=rows):
-            keys = make_keys(config.seed, 0, jnp.asarray(batch.row), answers)
-            sampled = rollout(trained, policy.frozen, batch.prompt, batch.prompt_length, keys)
-            for group, lengths in zip(np.asarray(sampled.completion), np.asarray(sampled.completion_length), strict=True):
+        for batch in iterate_all(self.prepared.test.shards, batch_size=size, rows=rows):
+            prompt, length, row = place_batch([x[own] for x in (batch.prompt, batch.prompt_length, batch.row.astype(np.int32))])
+            sampled = rollout(trained, policy.frozen, prompt, length, make_keys(config.seed, 0, row, answers))
+            whole = share_rows(read_own_rows((sampled.completion, sampled.completion_length)))
+            for group, lengths in zip(*(x[batch.valid] for x in whole), strict=True):
                 texts.append(tuple(tokenizer.decode(row[:length]) for row, length in zip(group, lengths, strict=True)))
         return texts
 
@@ -308,21 +381,59 @@ def _view(item: Item, folder: Path) -> ItemView:
     return ItemView(item.id, item.title, image, item.caption)
 
 
+def open_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of a run: over all devices of all processes, or, in one process, over the first ones where the sizes ask for fewer.
+
+    Raises:
+      ConfigError: the sizes and the number of devices do not go together.
+    """
+    devices = jax.devices()
+    sizes = config.data, config.fsdp, config.tensor
+    return make_mesh(config, devices[: math.prod(sizes)] if jax.process_count() == 1 and -1 not in sizes else devices)
+
+
+def _check_run(config: RunConfig, mesh: Mesh, *, training: bool) -> None:
+    """What can be known to fail before any data are read."""
+    try:
+        check_implementation(config.logprob.implementation)
+    except ValueError as error:
+        raise ConfigError(f"logprob.implementation: {error}") from error
+    weights = config.model.weights
+    model = config.model if weights is None else read_model_config(weights, config.model)[0]
+    for stage in ("sft", "grpo"):
+        try:
+            # The vocabulary is known once the tokenizer is.
+            check_model(model, mesh, vocab_size=0, batch_size=getattr(config, stage).batch_size if training else 0)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("batch_size", f"{stage}.batch_size", 1)) from None
+
+
 def open_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, training: bool = True) -> Run:
-    """Opens the run folder, writes what is known of the run, and prepares its data.
+    """Opens the run folder, writes what is known of the run, prepares its data, and lays out its devices.
 
     With `training` False the folder must hold a run, whose provenance stays as it is.
+
+    Raises:
+      ConfigError: the log-prob implementation cannot run here, or model or batches do not divide over the mesh.
+      RunFolderError: the folder is in the way, or is not there.
     """
-    if training:
-        folder = open_run_folder(config, resume=resume, overwrite=overwrite)
-        provenance = write_provenance(folder, config)
-    else:
-        folder = config.output / config.name
-        if not (folder / "provenance.json").is_file():
+    mesh = open_mesh(config.mesh)
+    _check_run(config, mesh, training=training)
+    folder = config.output / config.name
+    with main_process_first():
+        if training and is_main_process():
+            open_run_folder(config, resume=resume, overwrite=overwrite)
+            write_provenance(folder, config)
+        elif not (folder / "provenance.json").is_file():
             raise RunFolderError(f"{folder}: expected a run folder, found none; train first with `mllmrec run` or `mllmrec sft`")
-        provenance = json.loads((folder / "provenance.json").read_text())
-    print(f"run folder {folder}; log-prob implementation: {config.logprob.implementation}; device: {provenance['device']['kind']}")
-    return Run(config, folder, prepare_data(config), provenance)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    if is_main_process():
+        sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        used = f"{mesh.size} of {jax.device_count()} {jax.devices()[0].device_kind} devices"
+        print(f"run folder {folder}; log-prob implementation: {config.logprob.implementation}; {used}, mesh {sizes}")
+    with main_process_first():
+        prepared = prepare_data(config)
+    return Run(config, folder, prepared, provenance, mesh)
 
 
 def export_stage(run: Run, stage: str, folder: Path) -> None:
@@ -335,7 +446,8 @@ def export_stage(run: Run, stage: str, folder: Path) -> None:
     if stage not in policies:
         raise RunFolderError(f"{run.folder}: expected a finished {stage} stage, found {', '.join(policies)}; run `mllmrec {stage}` first")
     policy, trained = policies[stage]
-    export_weights(fold_policy(policy, trained), folder, stop_ids=run.prepared.tokenizer.stop_ids)
+    with use_mesh(run.mesh):
+        export_weights(fold_policy(policy, trained), folder, stop_ids=run.prepared.tokenizer.stop_ids)
 
 
 def run_all(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:

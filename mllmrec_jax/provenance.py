@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -45,7 +46,13 @@ def collect_provenance(config: RunConfig) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _find_commit(),
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(), "cpu_cores": os.cpu_count()},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "cpu_cores": os.cpu_count(),
+        },
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {
             "mllmrec-jax": __version__,
@@ -57,8 +64,12 @@ def collect_provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def write_provenance(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """Writes `config.toml` (resolved: it reruns this run) and `provenance.json`; returns the latter."""
+    """Writes `config.toml` (resolved: it reruns this run) and `provenance.json`; returns the latter.
+
+    How these processes found each other is left out of `config.toml`: it is the launcher's to say, each time.
+    """
     provenance = collect_provenance(config)
-    write_file(folder / "config.toml", tomli_w.dumps(to_dict(config)).encode())
+    alone = dataclasses.replace(config.distributed, method="none", coordinator=None, process_count=None, process_index=None)
+    write_file(folder / "config.toml", tomli_w.dumps(to_dict(dataclasses.replace(config, distributed=alone))).encode())
     write_file(folder / "provenance.json", (json.dumps(provenance, indent=2) + "\n").encode())
     return provenance

@@ -22,7 +22,7 @@ import pytest
 import tomli_w
 
 from mllmrec_jax.cli import main
-from mllmrec_jax.config import RunConfig, load_config, to_dict
+from mllmrec_jax.config import MeshConfig, RunConfig, load_config, to_dict
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +45,7 @@ def make_config(folder: Path) -> RunConfig:
         model=dataclasses.replace(base.model, num_layers=1, hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=1, head_dim=16),
         sft=dataclasses.replace(base.sft, max_steps=6, batch_size=4, accumulation=2, checkpoint_every=2),
         evaluate=dataclasses.replace(base.evaluate, batch_size=8, bootstrap=100, examples=2),
+        mesh=MeshConfig(1, 1, 1),  # of the tests' eight devices
     )
 
 

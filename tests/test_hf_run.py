@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from mllmrec_jax.checkpoint import CheckpointError
 from mllmrec_jax.cli import main
-from mllmrec_jax.config import LoraConfig, OptimizerConfig, PromptConfig, RunConfig, load_config
+from mllmrec_jax.config import LoraConfig, MeshConfig, OptimizerConfig, PromptConfig, RunConfig, load_config
 from mllmrec_jax.data.bpe import train_bpe
 from mllmrec_jax.data.examples import list_training_texts
 from mllmrec_jax.data.load import load_dataset
@@ -99,6 +99,7 @@ def make_config(folder: Path, *, item_tokens: bool) -> RunConfig:
             temperature=1.0,
         ),
         evaluate=dataclasses.replace(base.evaluate, batch_size=8, bootstrap=100, examples=2),
+        mesh=MeshConfig(1, 1, 1),  # of the tests' eight devices
     )
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from mllmrec_jax.checkpoint import CheckpointError, Checkpoints
 from mllmrec_jax.cli import main
-from mllmrec_jax.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, check_config, load_config
+from mllmrec_jax.config import ConfigError, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, check_config, load_config
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.pipeline import RunFolderError, open_run, open_run_folder, run_all
 from mllmrec_jax.train import grpo_loop, sft_loop
@@ -45,6 +45,7 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
         sft=dataclasses.replace(base.sft, max_steps=6, batch_size=4, accumulation=2, checkpoint_every=2),
         grpo=dataclasses.replace(base.grpo, max_steps=4, batch_size=2, accumulation=2, group_size=4, checkpoint_every=1),
         evaluate=dataclasses.replace(base.evaluate, batch_size=8, bootstrap=100, examples=2),
+        mesh=MeshConfig(1, 1, 1),  # of the tests' eight devices
     )
     return dataclasses.replace(config, **changes)
 

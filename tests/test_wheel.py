@@ -93,7 +93,7 @@ def test_quickstart_runs_anywhere(commands: Path, tmp_path: Path) -> None:
         --output out --cache cache --name tiny
         --data.posterworld.items 40 --data.posterworld.users 60
         --sft.max-steps 2 --grpo.max-steps 1 --grpo.batch-size 1 --grpo.accumulation 1 --grpo.group-size 2
-        --evaluate.max-users 8 --evaluate.bootstrap 50 --evaluate.examples 2
+        --evaluate.max-users 8 --evaluate.bootstrap 50 --evaluate.examples 2 --mesh.data 1
     """
     run(commands / "mllmrec", "run", "quickstart", *sizes.split(), folder=tmp_path)
     (report,) = tmp_path.glob("out/**/report.json")

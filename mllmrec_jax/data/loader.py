@@ -176,32 +176,29 @@ class Loader:
         seed: int,
         epochs: int,
         buckets: Sequence[int],
-        process_index: int,
-        process_count: int,
+        places: np.ndarray | None,
         start_step: int,
         prefetch: int,
         threads: int,
         memory_bytes: int,
     ):
-        if not 0 <= process_index < process_count:
-            raise LoaderError(f"process_index: expected 0 to {process_count - 1} (process_count = {process_count}), got {process_index}")
-        if shards.rows < batch_size * process_count:
-            raise LoaderError(
-                f"batch_size: expected at most the {shards.rows} examples in {shards.folder}, got {batch_size} x {process_count} processes"
-            )
+        self._mine = np.arange(batch_size) if places is None else np.asarray(places, np.int64)
+        if not len(self._mine) or self._mine.min() < 0 or self._mine.max() >= batch_size:
+            raise LoaderError(f"places: expected some of 0 to {batch_size - 1} (batch_size = {batch_size}), got {self._mine.tolist()}")
+        if shards.rows < batch_size:
+            raise LoaderError(f"batch_size: expected at most the {shards.rows} examples in {shards.folder}, got {batch_size}")
         self.buckets = check_buckets(buckets, int(shards.prompt_length.max()))
-        self.steps_per_epoch = shards.rows // (batch_size * process_count)
+        self.steps_per_epoch = shards.rows // batch_size
         self.total_steps = self.steps_per_epoch * epochs
         if not 0 <= start_step <= self.total_steps:
             raise LoaderError(f"start_step: expected 0 to {self.total_steps} ({epochs} epochs of {self.steps_per_epoch}), got {start_step}")
         self._start, self._prefetch, self._threads = start_step, prefetch, threads
-        self._mine = slice(process_index * batch_size, (process_index + 1) * batch_size)
         self._reader = _RowReader(shards, memory_bytes)
-        self._valid = np.ones(batch_size, bool)
+        self._valid = np.ones(len(self._mine), bool)
 
         @functools.lru_cache(maxsize=2)  # threads read ahead into the next epoch
         def plan(epoch: int) -> EpochPlan:
-            return plan_epoch(shards.prompt_length, seed=seed, epoch=epoch, buckets=self.buckets, batch_size=batch_size * process_count)
+            return plan_epoch(shards.prompt_length, seed=seed, epoch=epoch, buckets=self.buckets, batch_size=batch_size)
 
         self._plan = plan
 
@@ -225,8 +222,7 @@ def make_loader(
     seed: int,
     epochs: int,
     buckets: Sequence[int] = (),
-    process_index: int = 0,
-    process_count: int = 1,
+    places: np.ndarray | None = None,
     start_step: int = 0,
     prefetch: int = 4,
     threads: int = 1,
@@ -236,19 +232,18 @@ def make_loader(
 
     Args:
       shards: what to read.
-      batch_size: examples a batch of this process; the global batch is `process_count` times as large, and its processes' batches, laid
-        end to end, are those a single process with that batch size would get.
+      batch_size: examples a batch, of all processes together.
       seed: seed of the order.
       epochs: passes over the shards.
       buckets: ascending prompt lengths that batches are padded to (tokens); empty means the longest prompt.
-      process_index, process_count: which process of how many.
+      places: which of a batch's `batch_size` rows this process reads, in this order; all of them by default.
       start_step: batches to skip: what comes is exactly what an uninterrupted loader gives from there.
       prefetch: batches read ahead.
       threads: reading threads.
       memory_bytes: examples that take no more are held in memory.
 
     Raises:
-      LoaderError: fewer examples than a global batch, a bucket too short, or a number out of range.
+      LoaderError: fewer examples than a batch, a bucket too short, or a number out of range.
     """
     return Loader(
         shards,
@@ -256,8 +251,7 @@ def make_loader(
         seed=seed,
         epochs=epochs,
         buckets=buckets,
-        process_index=process_index,
-        process_count=process_count,
+        places=places,
         start_step=start_step,
         prefetch=prefetch,
         threads=threads,

@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mllmrec_jax.config import EvaluateConfig, RunConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.data.loader import iterate_all
 from mllmrec_jax.data.shards import Shards
+from mllmrec_jax.distributed import is_main_process
 from mllmrec_jax.evaluate.metrics import Ranks, check_possible, compare_paired, compute_metrics, expected_random, holm, rank_targets
 from mllmrec_jax.generate.rank import score_candidates
 from mllmrec_jax.progress import track
+from mllmrec_jax.sharding import constrain, find_own_rows, place_batch, round_batch
 from mllmrec_jax.train.state import Policy, merge_policy
 
 
@@ -34,21 +35,26 @@ def make_scorer(policy: Policy, config: RunConfig) -> Callable[[Any, Any, GroupB
 
     @jax.jit
     def score(trained: Any, frozen: Any, batch: GroupBatch) -> jax.Array:
-        return score_candidates(merge_policy(policy._replace(frozen=frozen), trained), batch, config.logprob)
+        scores = score_candidates(merge_policy(policy._replace(frozen=frozen), trained), batch, config.logprob)
+        return constrain(scores, None, None)  # every process has them all
 
     return score
 
 
 def score_shards(policy: Policy, trained: Any, shards: Shards, config: RunConfig, *, description: str = "rank") -> np.ndarray:
-    """Log-likelihood of every candidate's answer, float64 [N, K], for the first `evaluate.max_users` rows (all where 0)."""
+    """Log-likelihood of every candidate's answer, float64 [N, K], for the first `evaluate.max_users` rows (all where 0).
+
+    Batches lie over the mesh in context, rounded up to what divides over it.
+    """
     score = make_scorer(policy, config)
     count = min(shards.rows, config.evaluate.max_users or shards.rows)
-    batches = iterate_all(shards, batch_size=config.evaluate.batch_size, rows=np.arange(count), buckets=config.loader.buckets)
-    total = -(-count // config.evaluate.batch_size)
+    size = round_batch(config.evaluate.batch_size)
+    own = find_own_rows(size)
+    batches = iterate_all(shards, batch_size=size, rows=np.arange(count), buckets=config.loader.buckets)
     scores = []
-    for batch in track(batches, description=description, total=total, unit="batch"):
+    for batch in track(batches, description=description, total=-(-count // size), unit="batch") if is_main_process() else batches:
         answers, lengths = shards.item_answer[batch.candidates], shards.item_answer_length[batch.candidates]
-        group = GroupBatch(*(jnp.asarray(x) for x in (batch.prompt, batch.prompt_length, answers, lengths)))
+        group = GroupBatch(*place_batch([x[own] for x in (batch.prompt, batch.prompt_length, answers, lengths)]))
         scores.append(np.asarray(score(trained, policy.frozen, group), np.float64)[batch.valid])
     return np.concatenate(scores)
 

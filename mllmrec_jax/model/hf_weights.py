@@ -1,58 +1,56 @@
 """Weights from and to Hugging Face folders (safetensors, one file or sharded), and their content hash.
 
-A layer's tensor `model.layers.3.mlp.up_proj.weight` [out, in] is slice 3 of our stacked kernel [L, in, out].
+A layer's tensor `model.layers.3.mlp.up_proj.weight` [out, in] is slice 3 of our stacked kernel [L, in, out]. Of each tensor a process
+reads the rows and columns that its devices hold, and nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mllmrec_jax.config import ModelConfig
 from mllmrec_jax.data.atomic import new_folder
 from mllmrec_jax.model.hf_config import describe_model, read_model_config
+from mllmrec_jax.model.hf_tensors import (
+    FLOATS,
+    INDEX,
+    SINGLE,
+    Part,
+    StoredTensor,
+    WeightsError,
+    copy_part,
+    list_some,
+    open_tensors,
+    read_blocks,
+    read_checked,
+)
 from mllmrec_jax.model.lora import LoraParam, LoraScale
 from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.model.sharded import abstract_model
 from mllmrec_jax.progress import track
 
-# Bytes of a source tensor that are in memory beside their destination at a time.
-READ_BYTES = 4 * 2**20
 ALIGNMENT = 64  # bytes
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F64", "F32", "F16", "BF16"}
 _FIXED_NAMES = {("embedding",): "model.embed_tokens.weight", ("norm", "weight"): "model.norm.weight", ("head",): "lm_head.weight"}
+_TABLES = (("embedding",), ("head",))
 _ROOM_NAMES = {
     "attention": "self_attn",
     "feed_forward": "mlp",
     "attention_norm": "input_layernorm",
     "feed_forward_norm": "post_attention_layernorm",
 }
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be used; the message names file, tensor, expected and got."""
-
-
-class _Stored(NamedTuple):
-    """One tensor of an open safetensors file, read by rows."""
-
-    file: Path
-    name: str
-    rows: Any
-    shape: tuple[int, ...]
-    dtype: str
-
 
 ParameterPath = tuple[str, ...]
 
@@ -75,153 +73,141 @@ def _is_adapter(variable: Any) -> bool:
     return isinstance(variable, LoraParam | LoraScale)
 
 
-def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a folder, and the index's tensor -> file name, where there is an index."""
-    single, index = folder / SINGLE, folder / INDEX
-    if single.is_file() and index.is_file():
-        raise WeightsError(f"{folder}: expected {SINGLE} or {INDEX}, got both; remove the one that is out of date")
-    if single.is_file():
-        return [single], None
-    if not index.is_file():
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; {', '.join(others)} may hold pickled code and is never loaded: convert it to safetensors" if others else ""
-        raise WeightsError(f"{folder}: expected {SINGLE} or {INDEX}, got neither{hint}")
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index}: expected a JSON object with a 'weight_map' of tensor to file name, got {error!r}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise WeightsError(f"{index}: expected the name of a file in {folder}, got {name!r}")
-    return [folder / name for name in names], listed
-
-
-@contextlib.contextmanager
-def _open_tensors(folder: Path) -> Iterator[dict[str, _Stored]]:
-    """Every tensor of the folder, unread, while the files are mapped."""
-    files, listed = _list_files(folder)
-    with contextlib.ExitStack() as stack:
-        tensors: dict[str, _Stored] = {}
-        for file in files:
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{file}: not a whole safetensors file: {error}") from None
-            for name in list(handle.keys()):
-                if name in tensors:
-                    raise WeightsError(f"{file}: tensor '{name}' is in {tensors[name].file.name} too")
-                rows = handle.get_slice(name)
-                tensors[name] = _Stored(file, name, rows, tuple(rows.get_shape()), rows.get_dtype())
-        if listed is not None:
-            wrong = sorted(
-                name for name in tensors.keys() | listed.keys() if name not in tensors or listed.get(name) != tensors[name].file.name
-            )
-            if wrong:
-                raise WeightsError(f"{folder / INDEX}: does not list what the files hold: {_some(wrong)}")
-        yield tensors
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _read_blocks(stored: _Stored) -> Iterator[tuple[slice, np.ndarray]]:
-    width = int(np.prod(stored.shape[1:], dtype=np.int64)) * 4
-    step = max(1, READ_BYTES // max(1, width))
-    for start in range(0, stored.shape[0], step):
-        rows = slice(start, min(start + step, stored.shape[0]))
-        yield rows, stored.rows[rows]
-
-
-def _copy_tensor(stored: _Stored, destination: np.ndarray) -> None:
-    """Reads a tensor into `destination` (a view of its shape), a block of rows at a time, in the destination's dtype."""
-    if stored.shape != destination.shape:
-        raise WeightsError(f"{stored.file}: tensor '{stored.name}': expected shape {destination.shape}, got {stored.shape}")
-    if stored.dtype not in FLOATS:
-        raise WeightsError(f"{stored.file}: tensor '{stored.name}': expected one of {', '.join(sorted(FLOATS))}, got {stored.dtype}")
-    for rows, block in _read_blocks(stored):
-        with np.errstate(over="ignore"):  # seen below, by name
-            block = block.astype(destination.dtype, copy=False)
-        if not np.isfinite(block).all():
-            raise WeightsError(f"{stored.file}: tensor '{stored.name}' holds NaN or infinity in rows {rows.start} to {rows.stop - 1}")
-        destination[rows] = block
-
-
 def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array, aligned so that `jax.device_put` on the CPU takes its memory over instead of copying it."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _add_rows(table: np.ndarray, known: int, seed: int) -> None:
-    """Fills rows `known`.. of an embedding table from a normal distribution with the known rows' mean and deviation by column.
+def _add_rows(stored: StoredTensor, part: Part, destination: np.ndarray, seed: int) -> None:
+    """Fills the rows that `part` has beyond the stored ones from a normal distribution with these' mean and deviation by column.
 
-    Rows that differ, because with frozen base weights they are all that tells the new tokens apart.
+    Rows that differ, because with frozen base weights they are all that tells the new tokens apart. A process that holds such rows reads
+    all stored ones for it, in blocks.
     """
-    total, squares = np.zeros(table.shape[1]), np.zeros(table.shape[1])
-    step = max(1, READ_BYTES // (8 * table.shape[1]))
-    for start in range(0, known, step):
-        block = table[start : min(start + step, known)].astype(np.float64)
+    rows, columns = part
+    known, width = stored.shape
+    total, squares = np.zeros(len(columns)), np.zeros(len(columns))
+    for _, block in read_checked(stored, (range(known), columns), destination.dtype):
+        block = block.astype(np.float64)
         total += block.sum(axis=0)
         squares += np.square(block).sum(axis=0)
     mean = total / known
     deviation = np.sqrt(np.maximum(squares / known - np.square(mean), 0))
-    table[known:] = mean + deviation * np.random.default_rng(seed).standard_normal((len(table) - known, table.shape[1]))
+    rng = np.random.default_rng(seed)
+    for row in range(known, rows.stop):
+        noise = rng.standard_normal(width)  # of every new row, so that each is the same wherever it lies
+        if row >= rows.start:
+            destination[row - rows.start] = mean + deviation * noise[columns.start : columns.stop]
 
 
-def _check_names(folder: Path, tensors: Mapping[str, _Stored], expected: list[str], *, tied: bool) -> None:
-    """Every expected tensor is there, and nothing else, save what is known to hold no weight."""
-    missing = sorted(set(expected) - set(tensors))
+def _read_vector(stored: StoredTensor, part: Part, dtype: np.dtype) -> np.ndarray:
+    buffer = _allocate(tuple(map(len, part)), dtype)
+    copy_part(stored, part, buffer)
+    return buffer
+
+
+def _read_stack(layers: list[StoredTensor], part: Part, dtype: np.dtype) -> np.ndarray:
+    """`part` of a parameter [L, in, out] or [L, n], from each layer's [out, in] or [n]."""
+    buffer = _allocate(tuple(map(len, part)), dtype)
+    for place, layer in enumerate(part[0]):
+        copy_part(layers[layer], part[:0:-1], buffer[place, ...].T)
+    return buffer
+
+
+def _read_table(stored: StoredTensor, twin: StoredTensor | None, part: Part, dtype: np.dtype, seed: int) -> np.ndarray:
+    """`part` of an embedding or head [V, D], whose rows may be more than the stored ones; `twin` must hold the same."""
+    buffer = _allocate(tuple(map(len, part)), dtype)
+    rows, columns = part
+    here = (range(rows.start, max(rows.start, min(rows.stop, stored.shape[0]))), columns)
+    copy_part(stored, here, buffer)
+    if twin is not None:
+        blocks = zip(read_blocks(twin, here), read_blocks(stored, here), strict=True)
+        if not all(np.array_equal(ours, theirs) for (_, ours), (_, theirs) in blocks):
+            raise WeightsError(f"{twin.file}: config.json ties the head to the embedding, but '{twin.name}' differs from '{stored.name}'")
+    if rows.stop > stored.shape[0]:
+        _add_rows(stored, part, buffer, seed)
+    return buffer
+
+
+def _make_array(like: jax.ShapeDtypeStruct, read: Callable[[Part], np.ndarray]) -> jax.Array:
+    """The array whose parts `read` gives: of every part that devices of this process hold, once, and one after the other on the host."""
+    whole = tuple(map(range, like.shape))
+    if like.sharding is None:
+        return jax.device_put(read(whole))
+    devices: dict[Part, list[Any]] = {}
+    for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
+        part = tuple(indices[axis] for indices, axis in zip(whole, index or (), strict=True))
+        devices.setdefault(part, []).append(device)
+    pieces: list[jax.Array] = []
+    for part, holders in devices.items():
+        buffer = read(part)
+        pieces += jax.block_until_ready([jax.device_put(buffer, device) for device in holders])
+        del buffer
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, pieces)
+
+
+def _check_tensors(folder: Path, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    """Every expected tensor is there, in its shape, and nothing else, save what is known to hold no weight; no weight is read."""
+    missing = sorted(shapes.keys() - tensors.keys())
     if missing:
-        raise WeightsError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}")
+        raise WeightsError(f"{folder}: {len(missing)} of {len(shapes)} tensors are missing: {list_some(missing)}")
     # Old files store the rotary frequencies (computed here) and, of a tied head, the embedding a second time.
-    unused = {name for name in tensors if name not in set(expected) and not name.endswith(".rotary_emb.inv_freq")}
-    head, table = (tensors.get(_FIXED_NAMES[key]) for key in (("head",), ("embedding",)))
-    if tied and head is not None and table is not None:
-        same = head.shape == table.shape and head.dtype == table.dtype
-        if not same or not all(np.array_equal(a, b) for (_, a), (_, b) in zip(_read_blocks(head), _read_blocks(table), strict=True)):
-            raise WeightsError(f"{head.file}: config.json ties the head to the embedding, but '{head.name}' differs from '{table.name}'")
-        unused.discard(head.name)
+    unused = {name for name in tensors if name not in shapes and not name.endswith(".rotary_emb.inv_freq")}
+    head, table = (_FIXED_NAMES[key] for key in (("head",), ("embedding",)))
+    if tied and head in tensors:
+        unused.discard(head)
+        shapes = {**shapes, head: shapes[table]}
     if unused:
-        raise WeightsError(f"{folder}: {len(unused)} tensors have no place in the model: {_some(sorted(unused))}")
+        raise WeightsError(f"{folder}: {len(unused)} tensors have no place in the model: {list_some(sorted(unused))}")
+    for name, shape in shapes.items():
+        stored = tensors[name]
+        if stored.shape != shape:
+            raise WeightsError(f"{stored.file}: tensor '{name}': expected shape {shape}, got {stored.shape}")
+        if stored.dtype not in FLOATS:
+            raise WeightsError(f"{stored.file}: tensor '{name}': expected one of {', '.join(sorted(FLOATS))}, got {stored.dtype}")
 
 
 def load_weights(folder: Path, config: ModelConfig, *, min_vocab_size: int = 0, seed: int = 0) -> Decoder:
-    """The model of a Hugging Face folder, its weights stored in `config.param_dtype`.
+    """The model of a Hugging Face folder, its weights stored in `config.param_dtype` and laid out over the mesh in context.
 
     Sizes come from the folder's config.json (`read_model_config`); dtypes, dropout and remat from `config`. Parameters are filled one at
-    a time, the largest first, each on the host and then on the default device: beside the model itself, memory holds one parameter.
+    a time, the largest first, each on the host and then on its devices, shard by shard: beside the model itself, memory holds one shard of
+    one parameter. A process reads what its devices hold. Every tensor's name, shape and type is checked before the first is read.
 
     Args:
       min_vocab_size: the embedding (and separate head) get more rows, drawn with `seed`, where the file has fewer: for tokens that were
         added to the model's own tokenizer.
 
     Raises:
-      ConfigError: config.json describes another kind of model.
+      ConfigError: config.json describes another kind of model, or one that does not divide over the mesh.
       WeightsError: a file or tensor is missing, superfluous, damaged, of the wrong shape or type, or not finite.
     """
     config, stored_vocab = read_model_config(folder, config)
-    vocab_size = max(stored_vocab, min_vocab_size)
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, vocab_size=vocab_size, rngs=nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(abstract_model(config, vocab_size=max(stored_vocab, min_vocab_size)))
     parameters = sorted(_flat_parameters(abstract).items(), key=lambda pair: -pair[1].size)
     names = {path: _name_tensors(path, config.num_layers) for path, _ in parameters}
-    with _open_tensors(folder) as tensors:
-        _check_names(folder, tensors, [name for group in names.values() for name in group], tied=config.tie_embeddings)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, variable in parameters:
+        if path not in _FIXED_NAMES:
+            shape = variable.shape[:0:-1]  # [out, in]; a vector is its own transpose
+        else:
+            shape = (stored_vocab, *variable.shape[1:]) if path in _TABLES else variable.shape
+        shapes |= dict.fromkeys(names[path], shape)
+    with open_tensors(folder) as tensors:
+        _check_tensors(folder, tensors, shapes, tied=config.tie_embeddings)
         for path, variable in track(parameters, description=f"load {folder.name}", unit="parameter"):
-            buffer = _allocate(variable.shape, np.dtype(variable.dtype))
-            if path in (("embedding",), ("head",)):
-                _copy_tensor(tensors[names[path][0]], buffer[:stored_vocab])
-                _add_rows(buffer, stored_vocab, seed)
+            sources, dtype = [tensors[name] for name in names[path]], np.dtype(variable.dtype)
+            if path in _TABLES:
+                twin = tensors.get(_FIXED_NAMES["head",]) if config.tie_embeddings else None
+                read = functools.partial(_read_table, sources[0], twin, dtype=dtype, seed=seed)
             elif path in _FIXED_NAMES:
-                _copy_tensor(tensors[names[path][0]], buffer)
+                read = functools.partial(_read_vector, sources[0], dtype=dtype)
             else:
-                for layer, name in enumerate(names[path]):
-                    _copy_tensor(tensors[name], buffer[layer, ...].T)  # [out, in]; a vector is its own transpose
-            variable.set_value(jax.device_put(buffer))
-            del buffer
+                read = functools.partial(_read_stack, sources, dtype=dtype)
+            variable.set_value(_make_array(variable.get_value(), read))
     return nnx.merge(graphdef, abstract)
 
 

@@ -19,6 +19,12 @@ class LoraScale(nnx.Variable):
     """alpha / rank: carried with the base, never trained."""
 
 
+def draw_normal(rngs: nnx.Rngs, shape: tuple[int, ...], *, scale: float) -> jax.Array:
+    """Float32 from a normal distribution of deviation `scale`; the same bits compiled or not, on any mesh."""
+    # Without the barrier a compiler folds `scale` into the constants of the inverse error function, which rounds differently.
+    return jax.lax.optimization_barrier(jax.random.normal(rngs.params(), shape)) * scale
+
+
 class Linear(nnx.Module):
     """y = x W (+ b) (+ adapter). Weights may carry leading stack axes; a scan over layers slices them off.
 
@@ -41,7 +47,7 @@ class Linear(nnx.Module):
         shape = (*stack, fan_in, fan_out)
         self.axes = axes
         depth = (None,) * len(stack)
-        kernel = (jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype)
+        kernel = draw_normal(rngs, shape, scale=fan_in**-0.5).astype(dtype)
         self.kernel = nnx.Param(kernel, axes=(*depth, *axes))
         self.bias = nnx.Param(jnp.zeros((*stack, fan_out), dtype), axes=(*depth, axes[1])) if bias else None
         self.lora_a: LoraParam | None = nnx.data(None)
@@ -68,7 +74,7 @@ def add_adapters(module: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> N
         if name not in config.targets:
             continue
         *stack, fan_in, fan_out = linear.kernel[...].shape
-        a = jax.random.normal(rngs.params(), (*stack, fan_in, config.rank)) * fan_in**-0.5
+        a = draw_normal(rngs, (*stack, fan_in, config.rank), scale=fan_in**-0.5)
         depth = (None,) * len(stack)
         linear.lora_a = LoraParam(a, axes=(*depth, linear.axes[0], None))
         linear.lora_b = LoraParam(jnp.zeros((*stack, config.rank, fan_out)), axes=(*depth, None, linear.axes[1]))

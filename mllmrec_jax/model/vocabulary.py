@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.sharding import constrain
 
 
 def set_item_rows(model: Decoder, first_row: int, texts: Sequence[Sequence[int]]) -> None:
@@ -27,6 +28,17 @@ def set_item_rows(model: Decoder, first_row: int, texts: Sequence[Sequence[int]]
     tokens, owner = np.concatenate([np.asarray(ids) for ids in texts]), np.repeat(np.arange(len(texts)), lengths)
     for table in (model.embedding, model.head):
         if table is not None:
-            values = table[...]
-            sums = jax.ops.segment_sum(values[tokens].astype(jnp.float32), owner, len(texts))
-            table[...] = values.at[first_row:last].set((sums / lengths[:, None]).astype(values.dtype))
+            table[...] = _set_means(table[...], tokens, owner, lengths, first_row)
+
+
+@jax.jit
+def _set_means(table: jax.Array, tokens: jax.Array, owner: jax.Array, lengths: jax.Array, first_row: jax.Array) -> jax.Array:
+    """`table` [V, D], its row `first_row + i` the mean of rows `tokens[owner == i]`.
+
+    Each device chooses, for every row it holds, the old or the new one: a scatter into a cut table would gather it.
+    """
+    sums = jax.ops.segment_sum(table[tokens].astype(jnp.float32), owner, len(lengths))
+    means = (sums / lengths[:, None]).astype(table.dtype)
+    place = jnp.arange(len(table)) - first_row
+    new = (place >= 0) & (place < len(lengths))
+    return constrain(jnp.where(new[:, None], means[jnp.clip(place, 0, len(lengths) - 1)], table), "vocab", None)

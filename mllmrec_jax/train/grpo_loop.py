@@ -22,6 +22,7 @@ from mllmrec_jax.generate.rollout import Rollout, check_positions, make_keys, ro
 from mllmrec_jax.objectives.advantages import compute_advantages, find_no_signal
 from mllmrec_jax.objectives.kl import warn_about_k1
 from mllmrec_jax.rewards import Rewards, RewardTask, score_completions
+from mllmrec_jax.sharding import constrain, place_batch, read_own_rows, share_rows
 from mllmrec_jax.train.grpo_step import GrpoBatch, GrpoStep, make_grpo_step
 from mllmrec_jax.train.stage import open_stage
 from mllmrec_jax.train.state import Policy, TrainState, merge_policy
@@ -49,20 +50,36 @@ class ReadyClock:
 
 
 class Sampled(NamedTuple):
-    """One rollout on the host, its rewards, and how long both took."""
+    """This process's rows of one rollout, on the host, and their rewards."""
 
     batch: ExampleBatch
     rollout: Rollout
     rewards: Rewards
-    reward_s: float
+
+
+class Outcome(NamedTuple):
+    """What every process knows of all rows [R] of a rollout."""
+
+    reward: np.ndarray
+    """[R, G] float32."""
+    well_formed: np.ndarray
+    """[R, G] bool."""
+    hit: np.ndarray
+    """[R, G] bool."""
+    completion_length: np.ndarray
+    """[R, G] int32."""
+    stopped: np.ndarray
+    """[R, G] bool."""
+    prompt_length: np.ndarray
+    """[R] int32."""
 
 
 def make_rollout(policy: Policy, grpo: GrpoConfig, *, stop_ids: tuple[int, ...], pad_id: int) -> Any:
-    """The compiled `(trained, frozen, prompt, prompt_length, keys) -> Rollout`."""
+    """The compiled `(trained, frozen, prompt, prompt_length, keys) -> Rollout`, its rows laid out as a batch."""
 
     @jax.jit
     def rollout(trained: Any, frozen: Any, prompt: jax.Array, prompt_length: jax.Array, keys: jax.Array) -> Rollout:
-        return rollout_group(
+        sampled = rollout_group(
             merge_policy(policy._replace(frozen=frozen), trained),
             prompt,
             prompt_length,
@@ -74,6 +91,7 @@ def make_rollout(policy: Policy, grpo: GrpoConfig, *, stop_ids: tuple[int, ...],
             stop_ids=stop_ids,
             pad_id=pad_id,
         )
+        return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), sampled)
 
     return rollout
 
@@ -81,9 +99,8 @@ def make_rollout(policy: Policy, grpo: GrpoConfig, *, stop_ids: tuple[int, ...],
 def judge_rollout(
     batch: ExampleBatch, rollout: Rollout, item_id: np.ndarray, tokenizer: Tokenizer, grpo: GrpoConfig, titles: Mapping[int, str]
 ) -> Sampled:
-    """Copies a rollout to the host, decodes and scores it."""
-    host: Rollout = jax.tree.map(np.asarray, rollout)
-    started = time.perf_counter()
+    """Copies this process's rows of a rollout to the host, decodes and scores them."""
+    host: Rollout = read_own_rows(rollout)
     texts = [
         [tokenizer.decode(row[:length]) for row, length in zip(group, lengths, strict=True)]
         for group, lengths in zip(host.completion, host.completion_length, strict=True)
@@ -92,32 +109,40 @@ def judge_rollout(
         RewardTask(int(item_id[target]), [int(item_id[c]) for c in candidates])
         for target, candidates in zip(batch.target, batch.candidates, strict=True)
     ]
-    return Sampled(batch, host, score_completions(texts, tasks, grpo.reward, titles), time.perf_counter() - started)
+    return Sampled(batch, host, score_completions(texts, tasks, grpo.reward, titles))
 
 
-def to_grpo_batch(sampled: Sampled, grpo: GrpoConfig) -> GrpoBatch:
-    """A scored rollout as micro-batches, completions cut to the next standard width."""
+def share_outcome(sampled: Sampled, accumulation: int) -> Outcome:
+    """The processes' outcomes put together, in the order of the batch: what follows from them is the same however it is cut."""
+    rewards, rollout = sampled.rewards, sampled.rollout
+    lengths = rollout.completion_length, rollout.stopped, sampled.batch.prompt_length
+    own = Outcome(rewards.reward, rewards.well_formed, rewards.hit, *(np.asarray(x) for x in lengths))
+    whole = share_rows(jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), own), leading=1)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), whole)
+
+
+def to_grpo_batch(sampled: Sampled, outcome: Outcome, grpo: GrpoConfig, places: np.ndarray) -> GrpoBatch:
+    """A scored rollout as micro-batches, completions cut to the next standard width; this process has the rows `places` of it."""
     rollout = sampled.rollout
-    longest = int(rollout.completion_length.max())
+    longest = int(outcome.completion_length.max())
     width = min(grpo.max_new_tokens, next((w for w in COMPLETION_WIDTHS if w >= longest), grpo.max_new_tokens))
-    advantage = compute_advantages(jnp.asarray(sampled.rewards.reward), scale=grpo.scale_rewards)
-    prompt, prompt_length = jnp.asarray(sampled.batch.prompt), jnp.asarray(sampled.batch.prompt_length)
-    group = GroupBatch(prompt, prompt_length, rollout.completion[..., :width], rollout.completion_length)
-    batch = GrpoBatch(group, advantage, rollout.logp_raw[..., :width], None)
-    return jax.tree.map(lambda x: jnp.asarray(x).reshape(grpo.accumulation, -1, *x.shape[1:]), batch)
+    advantage = np.asarray(compute_advantages(jnp.asarray(outcome.reward), scale=grpo.scale_rewards))[places]
+    host = sampled.batch.prompt, sampled.batch.prompt_length, rollout.completion[..., :width], rollout.completion_length
+    rows = [np.asarray(x) for x in (*host, advantage, rollout.logp_raw[..., :width])]
+    *group, advantage, logp = place_batch([x.reshape(grpo.accumulation, -1, *x.shape[1:]) for x in rows], leading=1)
+    return GrpoBatch(GroupBatch(*group), advantage, logp, None)
 
 
-def summarise_rollout(sampled: Sampled) -> dict[str, float]:
+def summarise_rollout(outcome: Outcome) -> dict[str, float]:
     """What the rewards and completions alone say about a step."""
-    reward, rollout = sampled.rewards, sampled.rollout
     return {
-        "reward_mean": float(reward.reward.mean()),
-        "reward_std": float(reward.reward.std()),
-        "format_rate": float(reward.well_formed.mean()),
-        "hit_rate": float(reward.hit.mean()),
-        "no_signal_share": float(np.asarray(find_no_signal(jnp.asarray(reward.reward))).mean()),
-        "completion_length": float(rollout.completion_length.mean()),
-        "truncated_share": float(1 - rollout.stopped.mean()),
+        "reward_mean": float(outcome.reward.mean()),
+        "reward_std": float(outcome.reward.std()),
+        "format_rate": float(outcome.well_formed.mean()),
+        "hit_rate": float(outcome.hit.mean()),
+        "no_signal_share": float(np.asarray(find_no_signal(jnp.asarray(outcome.reward))).mean()),
+        "completion_length": float(outcome.completion_length.mean()),
+        "truncated_share": float(1 - outcome.stopped.mean()),
     }
 
 
@@ -167,6 +192,7 @@ def run_grpo(
     grpo, model = config.grpo, merge_policy(policy).config
     check_positions(int(shards.prompt_length.max()), grpo.max_new_tokens, model.max_position)
     warn_about_k1(grpo.kl_estimator, grpo.beta)
+    keys_fn = jax.jit(make_keys, static_argnums=(0, 3))
     rollout_fn = make_rollout(policy, grpo, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
     reference = jax.tree.map(jnp.copy, policy.trained) if grpo.mode == "full" and grpo.beta > 0 else None
     clock = ReadyClock()
@@ -188,16 +214,19 @@ def run_grpo(
 
         for step, batch in stage.batches():
             began = time.perf_counter()
-            keys = make_keys(config.seed, step, jnp.asarray(batch.row), grpo.group_size)
-            rollout = rollout_fn(state.trained, policy.frozen, batch.prompt, batch.prompt_length, keys)
+            prompt, prompt_length, row = place_batch([batch.prompt, batch.prompt_length, batch.row.astype(np.int32)])
+            rollout = rollout_fn(state.trained, policy.frozen, prompt, prompt_length, keys_fn(config.seed, step, row, grpo.group_size))
             if pending is not None:
                 began = max(began, finish(*pending))
+            rollout = jax.block_until_ready(rollout)
+            generated = time.perf_counter()
             sampled = judge_rollout(batch, rollout, shards.item_id, tokenizer, grpo, titles)
+            outcome = share_outcome(sampled, grpo.accumulation)
             dispatched = time.perf_counter()
-            state, metrics = update_policy(step_fn, state, policy.frozen, reference, to_grpo_batch(sampled, grpo), grpo.updates_per_rollout)
-            values = {**metrics, **summarise_rollout(sampled), "reward_s": sampled.reward_s}
-            values["generate_s"] = dispatched - began - sampled.reward_s
-            values["tokens"] = int(batch.prompt_length.sum() + sampled.rollout.completion_length.sum())
+            grpo_batch = to_grpo_batch(sampled, outcome, grpo, stage.places)
+            state, metrics = update_policy(step_fn, state, policy.frozen, reference, grpo_batch, grpo.updates_per_rollout)
+            values = {**metrics, **summarise_rollout(outcome), "reward_s": dispatched - generated, "generate_s": generated - began}
+            values["tokens"] = int(outcome.prompt_length.sum() + outcome.completion_length.sum())
             pending = step, values, dispatched, clock.note(metrics)
             if stage.is_due(step + 1):
                 finish(*pending)

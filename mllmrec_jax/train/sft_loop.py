@@ -6,14 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from mllmrec_jax.config import RunConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.data.loader import ExampleBatch
 from mllmrec_jax.data.shards import Shards
+from mllmrec_jax.sharding import place_batch
 from mllmrec_jax.train.sft_step import SftBatch, make_sft_step
 from mllmrec_jax.train.stage import open_stage
 from mllmrec_jax.train.state import Policy
@@ -22,11 +19,10 @@ from mllmrec_jax.train.state import Policy
 def to_sft_batch(batch: ExampleBatch, accumulation: int) -> SftBatch:
     """Rows [A * B, ...] of the loader as A micro-batches of groups with one completion, the answer."""
 
-    def cut(x: np.ndarray) -> jax.Array:
-        return jnp.asarray(x.reshape(accumulation, -1, *x.shape[1:]))
-
-    group = GroupBatch(cut(batch.prompt), cut(batch.prompt_length), cut(batch.answer[:, None]), cut(batch.answer_length[:, None]))
-    return SftBatch(group, cut(batch.history_mask))
+    answer, answer_length = batch.answer[:, None], batch.answer_length[:, None]
+    rows = batch.prompt, batch.prompt_length, answer, answer_length, batch.history_mask
+    *group, history_mask = place_batch([x.reshape(accumulation, -1, *x.shape[1:]) for x in rows], leading=1)
+    return SftBatch(GroupBatch(*group), history_mask)
 
 
 def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, identity: dict[str, Any], resume: bool) -> tuple[Any, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from mllmrec_jax.checkpoint import Checkpoints
 from mllmrec_jax.config import RunConfig
 from mllmrec_jax.data.loader import ExampleBatch, Loader, make_loader
 from mllmrec_jax.data.shards import Shards
+from mllmrec_jax.distributed import PreemptedError, PreemptionGuard, is_main_process
 from mllmrec_jax.progress import Progress
+from mllmrec_jax.sharding import find_own_rows, lay_out
 from mllmrec_jax.train.metrics_log import MetricsLog
 from mllmrec_jax.train.state import Policy, TrainState, init_state, make_optimizer, make_schedule
 
@@ -31,6 +34,11 @@ def _is_sound(state: TrainState, updates: jax.Array) -> jax.Array:
     """Whether `updates` optimizer steps were applied, none of them left out, and every number is finite."""
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.stack([state.step == updates, *(jnp.all(jnp.isfinite(leaf)) for leaf in floats)]).all()
+
+
+def start_state(trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state over the mesh in context, made where it lies."""
+    return jax.jit(lambda trained: lay_out(init_state(trained, optimizer)))(trained)
 
 
 @dataclasses.dataclass
@@ -49,9 +57,13 @@ class Stage:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     loader: Loader
+    places: np.ndarray
+    """Which of a batch's rows this process has."""
     checkpoints: Checkpoints
-    log: MetricsLog
+    log: MetricsLog | None
+    """None where process 0 writes it."""
     progress: Progress
+    guard: PreemptionGuard
 
     def batches(self) -> Iterator[tuple[int, ExampleBatch]]:
         """(step, batch) from `start` to `total`."""
@@ -63,7 +75,10 @@ class Stage:
         Raises:
           TrainingError: loss or gradient is not finite; the step was not applied.
         """
-        row = self.log.write(step, {**values, "learning_rate": self.schedule(step * self.updates)})
+        values = {**values, "learning_rate": self.schedule(step * self.updates)}
+        row = {name: float(np.asarray(value)) for name, value in values.items()}
+        if self.log is not None:
+            self.log.write(step, row)
         for name in ("loss", "grad_norm"):
             if not np.isfinite(row[name]):
                 raise TrainingError(
@@ -73,23 +88,26 @@ class Stage:
         return row
 
     def is_due(self, done: int) -> bool:
-        """Whether the state after `done` steps is to be kept."""
-        return done % self.checkpoint_every == 0 or done == self.total
+        """Whether the state after `done` steps is to be kept. To be asked once after each step, on every process."""
+        return self.guard.should_stop() or done % self.checkpoint_every == 0 or done == self.total
 
     def save(self, done: int, state: TrainState) -> None:
         """Starts writing a checkpoint, once it is known that `state` is that of `done` whole steps.
 
         Raises:
+          PreemptedError: SIGTERM has come; leaving the stage waits for the checkpoint.
           TrainingError: it holds numbers that are not finite, or a step was not applied; nothing is written.
           CheckpointError: the disk is full or the folder not writable.
         """
-        if not _is_sound(state, jnp.int32(done * self.updates)):
+        if not _is_sound(state, np.int32(done * self.updates)):
             raise TrainingError(
                 f"{self.name} step {done - 1}: weights or optimizer state are not finite, or an update was not applied; no checkpoint was "
                 "written. Lower the learning rate, or check the weights"
             )
         # The write goes on while the next step reuses the donated buffers, so it gets a copy of its own.
         self.checkpoints.save(done, jax.tree.map(jnp.copy, tuple(state)))
+        if self.guard.stopping:
+            raise PreemptedError(f"stopped by SIGTERM after {self.name} step {done - 1}; go on with --resume")
 
 
 @contextlib.contextmanager
@@ -98,7 +116,8 @@ def open_stage(
 ) -> Iterator[Stage]:
     """Opens a stage at the newest checkpoint in `folder`/checkpoints/`name` where `resume` is set, else at its beginning.
 
-    From a checkpoint it goes on to the same floats as an uninterrupted run.
+    From a checkpoint it goes on to the same floats as an uninterrupted run on the same mesh, and to rounding on another. The state lies
+    over the mesh in context.
 
     Raises:
       LoaderError: the data do not fill one batch.
@@ -110,9 +129,13 @@ def open_stage(
         if not resume:
             checkpoints.clear()
         start = checkpoints.latest_step or 0
+        # Each micro-batch lies over all devices, so a process has a part of each.
+        micros = np.arange(settings.accumulation)[:, None] * settings.batch_size
+        places = (micros + find_own_rows(settings.batch_size)).ravel()
         loader = make_loader(
             shards,
             batch_size=settings.batch_size * settings.accumulation,
+            places=places,
             seed=config.seed + (name == "grpo"),
             epochs=settings.epochs,
             buckets=config.loader.buckets,
@@ -122,12 +145,14 @@ def open_stage(
         )
         total = min(loader.total_steps, settings.max_steps or loader.total_steps)
         optimizer = make_optimizer(settings.optimizer, total * updates)
-        state = init_state(policy.trained, optimizer)
+        state = start_state(policy.trained, optimizer)
         if start:
             state = TrainState(*checkpoints.restore(tuple(state), start)[1])
+        main = is_main_process()
         with (
-            MetricsLog(folder, name, start_step=start) as log,
-            Progress(total=total, completed=start, description=name, unit="step") as progress,
+            MetricsLog(folder, name, start_step=start) if main else contextlib.nullcontext() as log,
+            Progress(total=total, completed=start, description=name, unit="step", stream=None if main else io.StringIO()) as progress,
+            PreemptionGuard() as guard,
         ):
             yield Stage(
                 name=name,
@@ -139,7 +164,9 @@ def open_stage(
                 optimizer=optimizer,
                 schedule=make_schedule(settings.optimizer, total * updates),
                 loader=loader,
+                places=places,
                 checkpoints=checkpoints,
                 log=log,
                 progress=progress,
+                guard=guard,
             )

@@ -122,7 +122,7 @@ def test_resumed_equals_uninterrupted(shards: Shards, start: int) -> None:
 def test_processes_share_the_global_batch(shards: Shards, processes: int) -> None:
     options = {"seed": 3, "epochs": 2, "buckets": (8, 24)}
     whole = make_loader(shards, batch_size=8, **options)
-    parts = [make_loader(shards, batch_size=8 // processes, **options, process_index=p, process_count=processes) for p in range(processes)]
+    parts = [make_loader(shards, batch_size=8, **options, places=places) for places in np.split(np.arange(8), processes)]
     for one, *several in zip(whole, *parts, strict=True):
         assert len({batch.prompt.shape for batch in several}) == 1  # all processes compile the same program
         assert_same(ExampleBatch(*map(np.concatenate, zip(*several, strict=True))), one)
@@ -176,13 +176,13 @@ def test_evaluation_uses_the_smallest_bucket(shards: Shards, examples: Tokenised
 
 
 def test_impossible_requests_are_refused(shards: Shards) -> None:
-    with pytest.raises(ValueError, match=r"batch_size: expected at most the 103 examples .* got 60 x 2 processes"):
-        make_loader(shards, batch_size=60, seed=0, epochs=1, process_count=2)
+    with pytest.raises(ValueError, match=r"batch_size: expected at most the 103 examples .* got 120"):
+        make_loader(shards, batch_size=120, seed=0, epochs=1)
     with pytest.raises(ValueError, match="hold the longest prompt, 20 tokens, got 16"):
         make_loader(shards, batch_size=6, seed=0, epochs=1, buckets=(8, 16))
     with pytest.raises(ValueError, match="expected ascending"):
         check_buckets((16, 8), 4)
     with pytest.raises(ValueError, match="start_step: expected 0 to 12"):
         make_loader(shards, batch_size=8, seed=0, epochs=1, start_step=13)
-    with pytest.raises(ValueError, match="process_index: expected 0 to 1"):
-        make_loader(shards, batch_size=8, seed=0, epochs=1, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match=r"places: expected some of 0 to 7 .* got \[7, 8\]"):
+        make_loader(shards, batch_size=8, seed=0, epochs=1, places=np.array([7, 8]))

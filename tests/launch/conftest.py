@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from mllmrec_jax.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,3 +43,31 @@ def clone_environment() -> dict[str, str]:
         name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES"))
     }
     return environment | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyRun:
+    """A run of the quickstart cut down to two SFT steps and two GRPO steps."""
+
+    folder: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        sizes = {
+            "output": self.folder / "runs", "cache": self.folder / "cache", "data.posterworld.items": 40, "data.posterworld.users": 60,
+            "tokenizer.vocab-size": 280, "model.num-layers": 1, "model.hidden-size": 32, "model.intermediate-size": 48,
+            "model.head-dim": 8, "sft.max-steps": 2, "grpo.max-steps": 2, "grpo.batch-size": 8, "evaluate.examples": 0,
+            "evaluate.bootstrap": 100, "mesh.fsdp": 2,
+        }  # fmt: skip
+        return [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+
+    def check(self) -> None:
+        """Both processes did their part of two GRPO steps, and process 0 wrote the report."""
+        run = self.folder / "runs" / "quickstart"
+        assert [row["step"] for row in read_metrics(run / "grpo.jsonl")] == [0, 1]
+        assert json.loads((run / "report.json").read_text())["provenance"]["device"]["processes"] == 2
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path) -> TinyRun:
+    return TinyRun(tmp_path)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,18 +22,7 @@ MORE_WORDS = ["--mpirun=--oversubscribe"]
 
 
 def render(environment: dict[str, str], *options: str) -> str:
-    words = [
-        "-m",
-        "mllmrec_jax.cli",
-        "launch",
-        "mpi",
-        "quickstart",
-        "--check",
-        "--processes-per-host",
-        "2",
-        "--port",
-        str(find_free_port()),
-    ]
+    words = ["-m", "mllmrec_jax.cli", "launch", "mpi", "quickstart", "--processes-per-host", "2", "--port", str(find_free_port())]
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     command = [sys.executable, *words, *root, *MORE_WORDS, *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -40,10 +30,18 @@ def render(environment: dict[str, str], *options: str) -> str:
 
 def test_two_processes_find_each_other(require_command: Callable[[str, str], None], clone_environment: dict[str, str]) -> None:
     require_command("mpirun", "openmpi-bin")
-    done = subprocess.run(["bash", "-s"], input=render(clone_environment), env=clone_environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-s"], input=render(clone_environment, "--check"), env=clone_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for index in range(2):
         assert re.search(rf"process {index} of 2 on \S+: 1 of 2 cpu devices, sum over processes 3, expected 3", done.stdout)
+
+
+def test_two_processes_train(require_command: Callable[[str, str], None], clone_environment: dict[str, str], tiny_run: Any) -> None:
+    require_command("mpirun", "openmpi-bin")
+    script = render(clone_environment, "--", *tiny_run.overrides)
+    done = subprocess.run(["bash", "-s"], input=script, env=clone_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tiny_run.check()
 
 
 def test_sigterm_to_the_script_stops_both_after_the_same_step(
@@ -51,7 +49,7 @@ def test_sigterm_to_the_script_stops_both_after_the_same_step(
 ) -> None:
     require_command("mpirun", "openmpi-bin")
     script = tmp_path / "job.sh"
-    script.write_text(render(clone_environment, "--check-seconds", "100"))
+    script.write_text(render(clone_environment, "--check", "--check-seconds", "100"))
     log = tmp_path / "job.log"
     with open(log, "w") as stream, subprocess.Popen(["bash", script], env=clone_environment, stdout=stream, stderr=stream) as process:
         try:

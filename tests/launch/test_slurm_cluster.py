@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,7 +124,7 @@ def slurm(
 def submit(slurm: RunSlurm, environment: dict[str, str], folder: Path, *options: str) -> tuple[str, Path]:
     """Renders by the command line and gives the script to sbatch; returns the job's number and its log."""
     log = folder / "job.log"
-    words = ["-m", "mllmrec_jax.cli", "launch", "slurm", "quickstart", "--check", "--processes-per-node", "2", "--log", str(log)]
+    words = ["-m", "mllmrec_jax.cli", "launch", "slurm", "quickstart", "--processes-per-node", "2", "--log", str(log)]
     script = subprocess.run([sys.executable, *words, *options], env=environment, capture_output=True, text=True, check=True).stdout
     reply = slurm("sbatch", text=script)
     found = re.search(r"Submitted batch job (\d+)", reply)
@@ -140,14 +141,20 @@ def show(slurm: RunSlurm, job: str) -> str:
 
 
 def test_two_tasks_find_each_other(slurm: RunSlurm, clone_environment: dict[str, str], tmp_path: Path) -> None:
-    job, log = submit(slurm, clone_environment, tmp_path)
+    job, log = submit(slurm, clone_environment, tmp_path, "--check")
     wait_until(lambda: "JobState=COMPLETED" in show(slurm, job), lambda: read_log(log) + show(slurm, job), timeout_s=120)
     for index in range(2):
         assert re.search(rf"process {index} of 2 on \S+: 1 of 2 cpu devices, sum over processes 3, expected 3", log.read_text())
 
 
+def test_two_tasks_train(slurm: RunSlurm, clone_environment: dict[str, str], tmp_path: Path, tiny_run: Any) -> None:
+    job, log = submit(slurm, clone_environment, tmp_path, "--", *tiny_run.overrides)
+    wait_until(lambda: "JobState=COMPLETED" in show(slurm, job), lambda: read_log(log) + show(slurm, job), timeout_s=400)
+    tiny_run.check()
+
+
 def test_a_preempted_job_goes_back_to_the_queue(slurm: RunSlurm, clone_environment: dict[str, str], tmp_path: Path) -> None:
-    job, log = submit(slurm, clone_environment, tmp_path, "--check-seconds", "100")
+    job, log = submit(slurm, clone_environment, tmp_path, "--check", "--check-seconds", "100")
     try:
         wait_until(lambda: read_log(log).count("expected 3") == 2, lambda: read_log(log), timeout_s=60)
         slurm("scancel", "--signal=TERM", job)
@@ -160,7 +167,7 @@ def test_a_preempted_job_goes_back_to_the_queue(slurm: RunSlurm, clone_environme
 
 
 def test_an_urgent_job_takes_the_node_once_everything_is_saved(slurm: RunSlurm, clone_environment: dict[str, str], tmp_path: Path) -> None:
-    job, log = submit(slurm, clone_environment, tmp_path, "--check-seconds", "100", "--sbatch=--exclusive")
+    job, log = submit(slurm, clone_environment, tmp_path, "--check", "--check-seconds", "100", "--sbatch=--exclusive")
     try:
         wait_until(lambda: read_log(log).count("expected 3") == 2, lambda: read_log(log), timeout_s=60)
         words = ["sbatch", "--partition=urgent", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=echo urgent"]
@@ -173,7 +180,9 @@ def test_an_urgent_job_takes_the_node_once_everything_is_saved(slurm: RunSlurm, 
 
 
 def test_a_killed_task_fails_the_job_with_the_reason(slurm: RunSlurm, clone_environment: dict[str, str], tmp_path: Path) -> None:
-    job, log = submit(slurm, clone_environment, tmp_path, "--check-seconds", "100", "--", "--distributed.heartbeat-timeout-s", "20")
+    job, log = submit(
+        slurm, clone_environment, tmp_path, "--check", "--check-seconds", "100", "--", "--distributed.heartbeat-timeout-s", "20"
+    )
     wait_until(lambda: read_log(log).count("expected 3") == 2, lambda: read_log(log), timeout_s=60)
     rows = [line.split() for line in slurm("scontrol", "listpids", f"{job}.0").splitlines()[1:]]
     [victim] = [int(row[0]) for row in rows if row[4] == "1"]  # PID JOBID STEPID LOCALID GLOBALID
@@ -184,7 +193,7 @@ def test_a_killed_task_fails_the_job_with_the_reason(slurm: RunSlurm, clone_envi
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: RunSlurm, clone_environment: dict[str, str], tmp_path: Path) -> None:
-    job, log = submit(slurm, clone_environment, tmp_path, "--check-seconds", "100")
+    job, log = submit(slurm, clone_environment, tmp_path, "--check", "--check-seconds", "100")
     wait_until(lambda: read_log(log).count("expected 3") == 2, lambda: read_log(log), timeout_s=60)
     slurm("scancel", job)
     wait_until(lambda: "JobState=CANCELLED" in show(slurm, job), lambda: read_log(log) + show(slurm, job), timeout_s=60)

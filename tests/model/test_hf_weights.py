@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from mllmrec_jax.config import ConfigError, LoraConfig, ModelConfig
 from mllmrec_jax.data.group_batch import GroupBatch
-from mllmrec_jax.model import hf_weights
+from mllmrec_jax.model import hf_tensors, hf_weights
 from mllmrec_jax.model.hf_config import read_model_config
 from mllmrec_jax.model.hf_weights import WeightsError, export_adapters, export_weights, load_weights, weights_hash
 from mllmrec_jax.model.lora import LoraParam, add_adapters, merge_adapters
@@ -243,7 +243,7 @@ def test_half_precision_export_rounds_once(folder: Path, tmp_path: Path) -> None
 
 def test_small_read_blocks_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = weights_hash(load_weights(folder, BASE))
-    monkeypatch.setattr(hf_weights, "READ_BYTES", 300)
+    monkeypatch.setattr(hf_tensors, "READ_BYTES", 300)
     assert weights_hash(load_weights(folder, BASE)) == whole
 
 

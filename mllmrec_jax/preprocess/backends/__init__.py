@@ -1,0 +1,1 @@
+"""Who captions, writes and embeds; chosen by name in the configuration."""
