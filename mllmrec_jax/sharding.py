@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from mllmrec_jax.config import ConfigError, MeshConfig, ModelConfig
 from mllmrec_kernels.logprob_kl import VocabSharding
+from mllmrec_kernels.logprob_kl.vocab_sharding import gather_rows, look_up, sum_parts_of_own_rows
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -74,6 +75,11 @@ def current_mesh() -> Any | None:
     return None if mesh.empty else mesh
 
 
+def count_devices(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
+    """Devices that a logical axis is cut over."""
+    return 1 if axis is None else math.prod(mesh.shape[name] for name in RULES[axis])
+
+
 def make_spec(*axes: str | None) -> PartitionSpec:
     """The layout of an array whose dimensions have these logical axes (None: on every device).
 
@@ -120,7 +126,7 @@ def find_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         axes, shape = _axes_of(leaf), leaf.shape
         for axis, size in zip(axes, shape, strict=True):
-            count = math.prod(mesh.shape[name] for name in RULES.get(axis or "", ()))
+            count = count_devices(mesh, axis)
             if size % count:
                 raise ConfigError(
                     f"mesh: {axis} of size {size} (of a weight of {shape}) does not divide over {count} devices, {mesh.shape}"
@@ -158,20 +164,15 @@ def place_batch(tree: Any, *, leading: int = 0) -> Any:
 
 def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """table[ids]: [V, D] rows for ids [B, ...]. On a mesh each device looks up what its part of the vocabulary holds."""
-    mesh = current_mesh()
-    if mesh is None:
+    sharding = vocab_sharding()
+    if sharding is None:
         return table[ids]
 
-    def look_up(part: jax.Array, ids: jax.Array) -> jax.Array:
-        row = ids - jax.lax.axis_index(RULES["vocab"]) * part.shape[0]
-        here = (row >= 0) & (row < part.shape[0])
-        found = jnp.where(here[..., None], part[jnp.clip(row, 0, part.shape[0] - 1)], 0)
-        found = jax.lax.psum_scatter(found, "fsdp", scatter_dimension=0, tiled=True) if mesh.shape["fsdp"] > 1 else found
-        return jax.lax.psum(found, "tensor") if mesh.shape["tensor"] > 1 else found
+    def take(part: jax.Array, ids: jax.Array) -> jax.Array:
+        return sum_parts_of_own_rows(sharding, look_up(sharding, part, gather_rows(sharding, ids)))
 
-    # The ids of a data group meet on each of its devices, and each takes its own rows of the sum back.
-    specs = (make_spec("vocab", None), make_spec("row"))
-    return jax.shard_map(look_up, mesh=mesh, in_specs=specs, out_specs=make_spec("batch"), check_vma=False)(table, ids)
+    specs = (make_spec("vocab", None), make_spec("batch"))
+    return jax.shard_map(take, mesh=sharding.mesh, in_specs=specs, out_specs=make_spec("batch"), check_vma=False)(table, ids)
 
 
 def vocab_sharding() -> VocabSharding | None:
@@ -193,7 +194,7 @@ def check_model(model: ModelConfig, mesh: Mesh, *, vocab_size: int, batch_size: 
         "batch_size": (batch_size, "batch"),
     }
     for name, (size, axis) in wanted.items():
-        count = math.prod(mesh.shape[a] for a in RULES[axis])
+        count = count_devices(mesh, axis)
         if size % count:
             raise ConfigError(
                 f"{name}: expected a multiple of {count} ({' x '.join(RULES[axis])}) on the mesh {dict(mesh.shape)}, got {size}"
@@ -203,7 +204,7 @@ def check_model(model: ModelConfig, mesh: Mesh, *, vocab_size: int, batch_size: 
 def round_batch(size: int) -> int:
     """`size` rounded up to rows that divide over the devices of the mesh in context."""
     mesh = current_mesh()
-    count = 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES["batch"])
+    count = 1 if mesh is None else count_devices(mesh, "batch")
     return -(-size // count) * count
 
 

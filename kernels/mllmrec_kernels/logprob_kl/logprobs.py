@@ -31,6 +31,7 @@ from mllmrec_kernels.logprob_kl.vocab_sharding import (
     gather_parts,
     gather_rows,
     keep_own_rows,
+    look_up,
     sum_parts,
     sum_parts_of_own_rows,
     sum_rows,
@@ -99,12 +100,9 @@ def _forward_part(rows: RowInputs, heads: Heads, options: Options, *, direction:
 
     def step(own: RowInputs) -> tuple[Rows, jax.Array | None]:
         row = gather_rows(sharding, own)
-        target = row.target - first
-        here = (target >= 0) & (target < head.shape[0])
 
         def row_of(head: jax.Array) -> jax.Array:
-            picked = head[jnp.clip(target, 0, head.shape[0] - 1)].astype(jnp.float32)
-            return picked if sharding is None else jnp.where(here[:, None], picked, 0)
+            return look_up(sharding, head, row.target).astype(jnp.float32)
 
         def target_logit(hidden: jax.Array, head: jax.Array) -> jax.Array:
             # Scaled inside the sum: outside, the compiler may fuse it with what follows, and differently for policy and reference.
@@ -115,7 +113,7 @@ def _forward_part(rows: RowInputs, heads: Heads, options: Options, *, direction:
             row.hidden_ref,
             head,
             head_ref,
-            target,
+            row.target - first,
             temperature=options.temperature,
             entropy=options.entropy,
             kl=options.kl,

@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 
@@ -37,6 +38,15 @@ def count_devices(sharding: VocabSharding, axes: tuple[str, ...]) -> int:
 def first_token(sharding: VocabSharding | None, part: int) -> jax.Array | int:
     """Id of the first token of this device's part, `part` tokens long."""
     return 0 if sharding is None or not sharding.vocab_axes else jax.lax.axis_index(sharding.vocab_axes) * part
+
+
+def look_up(sharding: VocabSharding | None, table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table[ids - first_token] of this device's part [V / parts, D], 0 where another part holds the id."""
+    if sharding is None:
+        return table[ids]
+    row = ids - first_token(sharding, len(table))
+    here = (row >= 0) & (row < len(table))
+    return jnp.where(here[..., None], table[jnp.clip(row, 0, len(table) - 1)], 0)
 
 
 def gather_rows(sharding: VocabSharding | None, rows: Any) -> Any:
