@@ -14,8 +14,9 @@ from typing import Any
 import tyro
 
 from mllmrec_jax import __version__
-from mllmrec_jax.config import PREPROCESS_STAGES, ConfigError, RunConfig, check_config, load_config
+from mllmrec_jax.config import ConfigError, RunConfig, check_config, load_config
 from mllmrec_jax.distributed import EXIT_PREEMPTED, PreemptedError, abort_distributed, is_main_process, start_distributed, stop_distributed
+from mllmrec_jax.preprocess_config import STAGES
 from mllmrec_jax.resources import find_config
 
 INTERRUPTED = 130
@@ -98,7 +99,7 @@ COMMANDS = {
     "preprocess": _Command(
         _preprocess,
         "pictures and histories to captions, traces, scores and shards",
-        (("--stage", {"choices": list(PREPROCESS_STAGES), "default": "emit", "help": "last stage to run; not given: all"}),),
+        (("--stage", {"choices": list(STAGES), "default": "emit", "help": "last stage to run; not given: all"}),),
     ),
     "sft": _Command(_sft, "supervised fine-tuning", (_RESUME, _OVERWRITE), distributed=True),
     "grpo": _Command(_grpo, "GRPO on the SFT result of the same run folder", (_RESUME,), distributed=True),

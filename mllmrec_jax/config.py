@@ -11,33 +11,19 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-ConfigT = TypeVar("ConfigT")
+from mllmrec_jax.preprocess_config import PreprocessConfig
+from mllmrec_jax.schema import ConfigT, Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, config_class
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names file, key, expected, got."""
 
 
-@dataclass_transform(frozen_default=True)
-def _config_class(cls: type[ConfigT]) -> type[ConfigT]:
-    """A frozen dataclass whose unknown keys are errors (pydantic's default is to drop them)."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
-    return cls
-
-
-@_config_class
+@config_class
 class PosterworldConfig:
     """The embedded data set: a generated catalogue with rendered posters and users with drifting tastes."""
 
@@ -53,7 +39,7 @@ class PosterworldConfig:
     """Seed of catalogue, users and pictures."""
 
 
-@_config_class
+@config_class
 class DataConfig:
     """Raw interactions, split, windows and candidates."""
 
@@ -100,7 +86,7 @@ class DataConfig:
 ItemField = Literal["title", "genres", "caption"]
 
 
-@_config_class
+@config_class
 class PromptConfig:
     """What a prompt says; the same renderer serves SFT, GRPO and inference."""
 
@@ -124,7 +110,7 @@ class PromptConfig:
     """Longer titles are cut, with an ellipsis (characters)."""
 
 
-@_config_class
+@config_class
 class TokenizerConfig:
     """Which tokenizer, and whether `[ITEM_<id>]` is one token."""
 
@@ -140,7 +126,7 @@ class TokenizerConfig:
     """Whether each catalogue item's `[ITEM_<id>]` is added as one token."""
 
 
-@_config_class
+@config_class
 class RopeScalingConfig:
     """Llama 3.1's rescaling of the slow rotary frequencies for a longer context (arXiv:2407.21783, section 3.4)."""
 
@@ -154,7 +140,7 @@ class RopeScalingConfig:
     """Context the model was first trained with (tokens)."""
 
 
-@_config_class
+@config_class
 class ModelConfig:
     """A decoder of the Qwen3, Qwen2 or Llama family; sizes are read from `weights`/config.json where that is given."""
 
@@ -189,7 +175,7 @@ LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 ALL_LINEARS: tuple[LinearName, ...] = get_args(LinearName)
 
 
-@_config_class
+@config_class
 class LoraConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W x + alpha / rank * B A x."""
 
@@ -199,7 +185,7 @@ class LoraConfig:
     """Linear layers that carry an adapter."""
 
 
-@_config_class
+@config_class
 class OptimizerConfig:
     """AdamW with a warm-up and a decay."""
 
@@ -219,7 +205,7 @@ class OptimizerConfig:
     """Global gradient norm above which gradients are scaled down; 0 is off."""
 
 
-@_config_class
+@config_class
 class SftConfig:
     """Supervised fine-tuning on the answer."""
 
@@ -241,7 +227,7 @@ class SftConfig:
     """Optimizer steps between checkpoints."""
 
 
-@_config_class
+@config_class
 class RewardConfig:
     """(completion, target) -> score."""
 
@@ -253,7 +239,7 @@ class RewardConfig:
     """Whether an answer whose title is not the item's counts as wrong format."""
 
 
-@_config_class
+@config_class
 class GrpoConfig:
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300)."""
 
@@ -293,7 +279,7 @@ class GrpoConfig:
     """Rollouts between checkpoints."""
 
 
-@_config_class
+@config_class
 class LogprobConfig:
     """The fused log-prob / KL operation."""
 
@@ -303,7 +289,7 @@ class LogprobConfig:
     """Rows of logits that `xla_chunked` holds at a time (tokens)."""
 
 
-@_config_class
+@config_class
 class EvaluateConfig:
     """Ranking of frozen candidate lists, beside floors."""
 
@@ -319,7 +305,7 @@ class EvaluateConfig:
     """Example prompts, answers and rankings shown in the report."""
 
 
-@_config_class
+@config_class
 class LoaderConfig:
     """Input pipeline."""
 
@@ -334,7 +320,7 @@ class LoaderConfig:
 MeshSize = Annotated[int, Field(ge=-1)]
 
 
-@_config_class
+@config_class
 class MeshConfig:
     """Devices as data x fsdp x tensor; their product is the number of devices, and one of them may be -1, what is left."""
 
@@ -346,7 +332,7 @@ class MeshConfig:
     """Devices that share out heads, feed-forward and vocabulary."""
 
 
-@_config_class
+@config_class
 class DistributedConfig:
     """The processes of one run and how they find each other."""
 
@@ -365,102 +351,7 @@ class DistributedConfig:
     """How long processes wait for each other at the start (seconds)."""
 
 
-PreprocessStage = Literal["caption", "pseudo_cot", "refine_cot", "sanitize", "embed", "score", "mix", "emit"]
-PREPROCESS_STAGES: tuple[PreprocessStage, ...] = get_args(PreprocessStage)
-PreprocessBackend = Literal["local"]
-
-
-@_config_class
-class ImageConfig:
-    """Limits of picture files; a file beyond them is refused and counted."""
-
-    max_bytes: PositiveInt = 64_000_000
-    """Largest file read (bytes)."""
-    max_pixels: PositiveInt = 40_000_000
-    """Largest picture decoded, after a JPEG decoder's own reduction (pixels)."""
-
-
-@_config_class
-class CaptionConfig:
-    """Captions of pictures."""
-
-    enabled: bool = True
-    """Off: traces and prompts see no captions (an ablation of the paper)."""
-    backend: PreprocessBackend = "local"
-    """Who writes; `local` measures the picture and downloads nothing."""
-    max_words: PositiveInt = 50
-    """Longer captions are cut (words)."""
-
-
-@_config_class
-class TraceConfig:
-    """One of the two writings of a reasoning trace."""
-
-    enabled: bool = True
-    """Off: the trace is written without this step (ablations of the paper)."""
-    backend: PreprocessBackend = "local"
-    """Who writes; `local` counts what captions and titles share and downloads nothing."""
-
-
-@_config_class
-class EmbedConfig:
-    """Embeddings of pictures and texts in one space."""
-
-    backend: PreprocessBackend = "local"
-    """`local`: a small dual encoder trained on the catalogue's own title-picture pairs."""
-    dimension: PositiveInt = 96
-    """Length of an embedding of `local`."""
-    steps: PositiveInt = 600
-    """Optimizer steps of `local`."""
-    batch_size: Annotated[int, Field(ge=2)] = 128
-    """Pairs a step; the others in the batch are the negatives."""
-    learning_rate: PositiveFloat = 3e-3
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the pairs not trained on, on which planted mismatches are looked for."""
-    max_pairs: PositiveInt = 20_000
-    """Most pairs trained on (bounds the memory)."""
-    seed: int = 0
-    """Seed of weights, batches and held-out pairs of `local`."""
-
-
-@_config_class
-class MixConfig:
-    """Which training windows get their trace."""
-
-    sft_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of SFT's windows with a trace (the paper's p)."""
-    grpo_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of GRPO's prompts with a trace."""
-    selection: Literal["top", "random"] = "top"
-    """`top`: the highest consistency scores; `random`: as many drawn by `seed`, for comparison."""
-    seed: int = 0
-    """Seed of `random`."""
-
-
-@_config_class
-class LeakConfig:
-    """The audit of traces against their targets."""
-
-    max_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of traces that may tell their target before the run fails; one that does never reaches a prompt."""
-    fuzzy: Fraction = 0.9
-    """Likeness to the target's title from which other words count as it (1 - edits / length)."""
-
-
-@_config_class
-class PreprocessConfig:
-    """Pictures and histories to scored, leak-free reasoning (`mllmrec preprocess`)."""
-
-    images: ImageConfig = dataclasses.field(default_factory=ImageConfig)
-    caption: CaptionConfig = dataclasses.field(default_factory=CaptionConfig)
-    pseudo_cot: TraceConfig = dataclasses.field(default_factory=TraceConfig)
-    refine_cot: TraceConfig = dataclasses.field(default_factory=TraceConfig)
-    embed: EmbedConfig = dataclasses.field(default_factory=EmbedConfig)
-    mix: MixConfig = dataclasses.field(default_factory=MixConfig)
-    leaks: LeakConfig = dataclasses.field(default_factory=LeakConfig)
-
-
-@_config_class
+@config_class
 class RunConfig:
     """Everything that shapes a run."""
 

@@ -6,11 +6,11 @@ import functools
 import re
 from collections.abc import Iterator
 
-from mllmrec_jax.config import CaptionConfig
 from mllmrec_jax.preprocess.backends.protocol import Request, ShownItem, Writer, make_request
 from mllmrec_jax.preprocess.samples import Samples
 from mllmrec_jax.preprocess.store import Store
 from mllmrec_jax.preprocess.templates import render_caption
+from mllmrec_jax.preprocess_config import CaptionConfig
 from mllmrec_jax.prompts import mentions_title, sanitise_text
 
 _KEPT = 1 << 14  # finished captions kept in memory: a popular item is in many histories

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mllmrec_jax.config import ImageConfig
+from mllmrec_jax.preprocess_config import ImageConfig
 
 Outcome = Literal[
     "read",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mllmrec_jax.config import PREPROCESS_STAGES, ConfigError, PreprocessStage, RunConfig, to_dict
+from mllmrec_jax.config import ConfigError, RunConfig, to_dict
 from mllmrec_jax.data.atomic import write_file
 from mllmrec_jax.data.splits import Window
 from mllmrec_jax.preprocess import caption, embed, emit, mix, score, traces
@@ -25,6 +25,7 @@ from mllmrec_jax.preprocess.refine_cot import find_profile
 from mllmrec_jax.preprocess.samples import Samples, load_samples
 from mllmrec_jax.preprocess.store import Store, hash_content
 from mllmrec_jax.preprocess.writing import Tally, write_texts
+from mllmrec_jax.preprocess_config import STAGES, Stage
 from mllmrec_jax.progress import track
 from mllmrec_jax.prompts import mentions_title
 
@@ -53,7 +54,7 @@ class _Run:
     scores: score.Scores | None = None
     kept: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
 
-    def link(self, stage: PreprocessStage, results: Iterable[Any]) -> None:
+    def link(self, stage: Stage, results: Iterable[Any]) -> None:
         """Adds a stage to the chain: its hash covers its results, in order, and the stage before."""
         before = next(reversed(self.chain.values()), "")
         digest = functools.reduce(hash_content, results, hash_content(_FORMAT, stage, before))
@@ -69,7 +70,7 @@ def _run_caption(run: _Run) -> None:
     store = run.open_store("caption")
     keys: dict[str, str] = {}
     if config.enabled:
-        writer = open_writer(config.backend)
+        writer = open_writer(config.backend, config.model, run.config.preprocess)
 
         def list_requests() -> Iterable[Request]:
             for digest, request in caption.list_requests(run.samples, config, writer, noun=run.config.prompt.noun):
@@ -133,7 +134,7 @@ def _list_pairs(run: _Run) -> Iterable[Pair]:
 
 
 def _run_embed(run: _Run) -> None:
-    embedder = open_embedder(run.config.preprocess.embed, list(_list_pairs(run)), run.open_store, run.config.cache / "preprocess")
+    embedder = open_embedder(run.config.preprocess, list(_list_pairs(run)), run.open_store, run.config.cache / "preprocess")
     vectors = run.vectors = embed.Vectors(embedder, run.open_store("vectors"))
     items = [[item.id, item.title, run.samples.digests.get(item.id)] for item in run.samples.list_items()]
     content = {"stage": "embed", "key": hash_content(_FORMAT, vectors.identity, items)}
@@ -200,7 +201,7 @@ def _run_emit(run: _Run) -> None:
     run.reports["emit"] = {"folder": str(folder)}
 
 
-_RUNNERS: dict[PreprocessStage, Callable[[_Run], None]] = {
+_RUNNERS: dict[Stage, Callable[[_Run], None]] = {
     "caption": _run_caption,
     "pseudo_cot": _run_pseudo_cot,
     "refine_cot": _run_refine_cot,
@@ -223,7 +224,7 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("data.split: expected by_user, given or leave_one_out (the emitted data set has no times), got 'global_time'")
 
 
-def run_preprocess(config: RunConfig, *, until: PreprocessStage = "emit") -> dict[str, Any]:
+def run_preprocess(config: RunConfig, *, until: Stage = "emit") -> dict[str, Any]:
     """Runs the stages up to `until`; what is finished, by this or any earlier run with the same cache, is not done again.
 
     Returns:
@@ -249,7 +250,7 @@ def run_preprocess(config: RunConfig, *, until: PreprocessStage = "emit") -> dic
         report: dict[str, Any] = {"pictures": samples.outcomes, "windows": len(run.windows)}
         report.update(stages=run.reports, chain=run.chain, seconds=seconds)
         try:
-            for stage in PREPROCESS_STAGES[: PREPROCESS_STAGES.index(until) + 1]:
+            for stage in STAGES[: STAGES.index(until) + 1]:
                 start = time.monotonic()
                 _RUNNERS[stage](run)
                 seconds[stage] = time.monotonic() - start

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from mllmrec_jax.config import ConfigError, ImageConfig, RunConfig, to_dict
+from mllmrec_jax.config import ConfigError, RunConfig, to_dict
 from mllmrec_jax.data.load import load_dataset
 from mllmrec_jax.data.records import Dataset, Item
 from mllmrec_jax.data.splits import Splits, Window, cut_windows, split_windows
 from mllmrec_jax.preprocess.backends.protocol import Picture
 from mllmrec_jax.preprocess.images import READABLE, decode_image, read_image
 from mllmrec_jax.preprocess.store import Store, hash_content
+from mllmrec_jax.preprocess_config import ImageConfig
 
 _VERSION = 1  # counts changes of how pictures are decoded
 

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 
-from mllmrec_jax.config import PreprocessConfig
 from mllmrec_jax.data.splits import Window
 from mllmrec_jax.preprocess import sanitize, title_index
 from mllmrec_jax.preprocess.backends.protocol import Request, open_writer
@@ -17,6 +16,7 @@ from mllmrec_jax.preprocess.refine_cot import finish_trace, make_refine_request
 from mllmrec_jax.preprocess.samples import Samples
 from mllmrec_jax.preprocess.store import Store, hash_content
 from mllmrec_jax.preprocess.writing import Tally, write_texts
+from mllmrec_jax.preprocess_config import PreprocessConfig
 from mllmrec_jax.progress import track
 
 
@@ -31,7 +31,7 @@ def write_pseudo(
     windows: Sequence[Window], samples: Samples, config: PreprocessConfig, store: Store, *, noun: str
 ) -> tuple[Tally, list[str]]:
     """Stage 2: answers in `store`; returns the key of each window's."""
-    writer = open_writer(config.pseudo_cot.backend)
+    writer = open_writer(config.pseudo_cot.backend, config.pseudo_cot.model, config)
     keys: list[str] = []
 
     def list_requests() -> Iterator[Request]:
@@ -55,7 +55,7 @@ def write_refined(
     noun: str,
 ) -> tuple[Tally, list[str]]:
     """Stage 3: answers in `store`; `drafts` are keys in `draft_store`, none where the stage before is left out."""
-    writer = open_writer(config.refine_cot.backend)
+    writer = open_writer(config.refine_cot.backend, config.refine_cot.model, config)
     keys: list[str] = []
 
     def list_requests() -> Iterator[Request]:

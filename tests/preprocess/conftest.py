@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mllmrec_jax.config import DataConfig, EmbedConfig, MixConfig, PosterworldConfig, PreprocessConfig, PromptConfig, RunConfig, SftConfig
+from mllmrec_jax.config import DataConfig, PosterworldConfig, PromptConfig, RunConfig, SftConfig
+from mllmrec_jax.preprocess_config import EmbedConfig, MixConfig, PreprocessConfig
 
 # The room's packages are an extra of their own.
 collect_ignore_glob = [] if find_spec("torch") and find_spec("rapidfuzz") else ["*"]

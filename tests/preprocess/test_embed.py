@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllmrec_jax.config import EmbedConfig, PosterworldConfig
+from mllmrec_jax.config import PosterworldConfig
 from mllmrec_jax.data.posters import render_poster
 from mllmrec_jax.data.posterworld import build_world
 from mllmrec_jax.data.records import DataError
@@ -19,6 +19,7 @@ from mllmrec_jax.preprocess.embed import BATCH, Vectors
 from mllmrec_jax.preprocess.folders import fill_folder, is_current
 from mllmrec_jax.preprocess.score import measure_agreement
 from mllmrec_jax.preprocess.store import Store, hash_content
+from mllmrec_jax.preprocess_config import EmbedConfig
 
 
 def make_pairs(count: int) -> list[Pair]:

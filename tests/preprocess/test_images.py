@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllmrec_jax.config import ImageConfig
 from mllmrec_jax.preprocess.backends.local_encoder import FEATURES, measure_features
 from mllmrec_jax.preprocess.backends.measures import describe_measures, measure_image
 from mllmrec_jax.preprocess.images import READABLE, SIDE, decode_image, read_image
+from mllmrec_jax.preprocess_config import ImageConfig
 
 LIMITS = ImageConfig(max_bytes=2_000_000, max_pixels=4_000_000)
 NOISE = np.random.default_rng(0).integers(0, 256, size=(60, 40, 3), dtype=np.uint8)

@@ -23,11 +23,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from mllmrec_jax.config import EmbedConfig, to_dict
+from mllmrec_jax.config import to_dict
 from mllmrec_jax.data.atomic import write_file
 from mllmrec_jax.data.records import DataError
 from mllmrec_jax.preprocess.backends.protocol import Pair, Picture
 from mllmrec_jax.preprocess.store import Store, hash_content
+from mllmrec_jax.preprocess_config import EmbedConfig
 from mllmrec_jax.progress import track
 
 _VERSION = 1  # counts changes of features and training

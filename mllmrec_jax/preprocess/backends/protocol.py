@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from mllmrec_jax.config import EmbedConfig
 from mllmrec_jax.preprocess.store import Store, hash_content
+from mllmrec_jax.preprocess_config import Backend, PreprocessConfig
 
 Task = Literal["caption", "pseudo_cot", "refine_cot"]
 _VERSION = 1  # counts changes of what a request means
@@ -103,19 +103,19 @@ def make_request(task: Task, prompt: str, items: Sequence[ShownItem], writer: di
 
 
 @functools.cache
-def open_writer(name: str) -> Writer:
-    """The writer that a stage's `backend` names."""
-    if name == "local":
+def open_writer(backend: Backend, model: str, config: PreprocessConfig) -> Writer:
+    """The writer that a stage's `backend` and `model` name; opened once, however many stages use it."""
+    if backend == "local":
         from mllmrec_jax.preprocess.backends.local import LocalWriter
 
         return LocalWriter()
-    raise ValueError(f"backend: expected 'local', got {name!r}")
+    raise ValueError(f"backend: expected 'local', got {backend!r}")
 
 
-def open_embedder(config: EmbedConfig, pairs: Sequence[Pair], open_store: Callable[[str], Store], folder: Path) -> Embedder:
-    """The embedder that `config.backend` names; one that learns does so from `pairs`, and keeps what it learned in `folder`."""
-    if config.backend == "local":
+def open_embedder(config: PreprocessConfig, pairs: Sequence[Pair], open_store: Callable[[str], Store], folder: Path) -> Embedder:
+    """The embedder that `embed.backend` names; one that learns does so from `pairs`, and keeps what it learned in `folder`."""
+    if config.embed.backend == "local":
         from mllmrec_jax.preprocess.backends.local_encoder import LocalEmbedder
 
-        return LocalEmbedder(pairs, config, open_store("local_features"), folder / "local_encoders")
-    raise ValueError(f"embed.backend: expected 'local', got {config.backend!r}")
+        return LocalEmbedder(pairs, config.embed, open_store("local_features"), folder / "local_encoders")
+    raise ValueError(f"embed.backend: expected 'local', got {config.embed.backend!r}")
