@@ -63,7 +63,7 @@ def list_collectives(text: str) -> list[Collective]:
     def visit(name: str, count: int) -> None:
         for line in bodies.get(name, ()):
             if match := _COLLECTIVE.search(line):
-                shapes = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(match[1])]
+                shapes = find_shapes(match[1])
                 size = sum(BYTES[dtype] * math.prod(dims) for dtype, dims in shapes)
                 scope = _SCOPE.search(line)
                 collective = Collective(
@@ -79,6 +79,11 @@ def list_collectives(text: str) -> list[Collective]:
 
     visit(entry, 1)
     return found
+
+
+def find_shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, dimensions) of every array named in `text`, as HLO writes them: `f32[2,8]`."""
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)]
 
 
 def _group_size(line: str) -> int:

@@ -56,6 +56,7 @@ def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
+@jax.named_scope("attend")
 def attend_prompt(q: Float[Array, "B P H d"], k: Float[Array, "B P K d"], v: Float[Array, "B P K d"]) -> Float[Array, "B P H d"]:
     """Causal self-attention of right-padded prompts: padding stands behind every real row, so causality already hides it."""
     b, p, h, d = q.shape
@@ -77,6 +78,7 @@ def attend_prompt(q: Float[Array, "B P H d"], k: Float[Array, "B P K d"], v: Flo
     return out.swapaxes(0, 1).reshape(b, blocks * QUERY_BLOCK, h, d)[:, :p]
 
 
+@jax.named_scope("attend")
 def attend_group(
     q: Float[Array, "B G Q H d"],
     k: Float[Array, "B G C K d"],

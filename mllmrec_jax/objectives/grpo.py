@@ -32,6 +32,7 @@ class LossTerms(NamedTuple):
     tokens: Float[Array, ""]
 
 
+@jax.named_scope("loss")
 def compute_grpo_terms(tokens: GroupTokens, advantage: Float[Array, "B G"], config: GrpoConfig) -> LossTerms:
     """Sum and weight of -[min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) - beta KL], rho = exp(logp - logp_old).
 

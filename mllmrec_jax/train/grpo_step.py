@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float
 
 from mllmrec_jax.config import GrpoConfig, LogprobConfig
 from mllmrec_jax.data.group_batch import GroupBatch
+from mllmrec_jax.model.lora import LoraParam
+from mllmrec_jax.model.replay import Activations, replay_group
 from mllmrec_jax.objectives.grpo import GroupTokens, compute_grpo_terms
 from mllmrec_jax.objectives.logprobs import completion_logprobs, completion_mask, encode_predicting, encode_predicting_pair
 from mllmrec_jax.train.state import Policy, TrainState, apply_gradients, merge_policy
@@ -27,6 +30,8 @@ class GrpoBatch(NamedTuple):
     """What the sampler computed (`Rollout.logp_raw`); compared with, never trained on."""
     logp_old: Float[Array, "A B G C"] | None
     """None in the first update of a rollout: the policy's own log-probs, gradient stopped, are the old ones."""
+    activations: Activations | None = None
+    """[A, ...]: of the rollout, where the policy is still the one that sampled; spares the policy's forward pass."""
 
 
 GrpoStep = Callable[[TrainState, Any, Any, GrpoBatch], tuple[TrainState, dict[str, Array], Array]]
@@ -47,7 +52,12 @@ def make_grpo_step(policy: Policy, optimizer: optax.GradientTransformation, grpo
     def micro_terms(trained: Any, frozen: Any, reference: Any, micro: GrpoBatch) -> tuple[Array, tuple[Array, dict[str, Array], Array]]:
         model = merge_policy(policy._replace(frozen=frozen), trained)
         hidden_ref = head_ref = None
-        if needs_reference and not full:
+        if micro.activations is not None:
+            hidden = replay_group(model, micro.group, micro.activations, trained=nnx.Param if full else LoraParam)
+            if needs_reference and not full:
+                with jax.named_scope("reference"):
+                    hidden_ref = jax.lax.stop_gradient(encode_predicting(model, micro.group, adapters=False))
+        elif needs_reference and not full:
             hidden, hidden_ref = encode_predicting_pair(model, micro.group)
         else:
             hidden = encode_predicting(model, micro.group, adapters=True)
@@ -77,7 +87,8 @@ def make_grpo_step(policy: Policy, optimizer: optax.GradientTransformation, grpo
 
         def accumulate(carry: Any, micro: GrpoBatch) -> tuple[Any, Array]:
             grads, (weight, sums, old) = gradient(state.trained, frozen, reference, micro)
-            return jax.tree.map(jnp.add, carry, (grads, weight, sums)), old
+            with jax.named_scope("accumulate"):
+                return jax.tree.map(jnp.add, carry, (grads, weight, sums)), old
 
         micro_shape = jax.eval_shape(gradient, state.trained, frozen, reference, jax.tree.map(lambda x: x[0], batch))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (micro_shape[0], micro_shape[1][0], micro_shape[1][1]))

@@ -12,7 +12,7 @@ from mllmrec_jax.data.loader import ExampleBatch
 from mllmrec_jax.data.shards import Shards
 from mllmrec_jax.sharding import place_batch
 from mllmrec_jax.train.sft_step import SftBatch, make_sft_step
-from mllmrec_jax.train.stage import open_stage
+from mllmrec_jax.train.stage import Watch, name_host_work, name_wait, open_stage
 from mllmrec_jax.train.state import Policy
 
 
@@ -25,7 +25,16 @@ def to_sft_batch(batch: ExampleBatch, accumulation: int) -> SftBatch:
     return SftBatch(GroupBatch(*group), history_mask)
 
 
-def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, identity: dict[str, Any], resume: bool) -> tuple[Any, int]:
+def run_sft(
+    config: RunConfig,
+    policy: Policy,
+    shards: Shards,
+    *,
+    folder: Path,
+    identity: dict[str, Any],
+    resume: bool,
+    watch: Watch | None = None,
+) -> tuple[Any, int]:
     """Trains for the configured epochs or steps; returns (trained weights, steps done).
 
     Raises:
@@ -34,7 +43,7 @@ def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, 
       CheckpointError: a checkpoint cannot be written or belongs to another run.
     """
     sft = config.sft
-    with open_stage("sft", config, policy, shards, folder=folder, identity=identity, resume=resume) as stage:
+    with open_stage("sft", config, policy, shards, folder=folder, identity=identity, resume=resume, watch=watch) as stage:
         step_fn = make_sft_step(policy, stage.optimizer, sft, config.logprob, seed=config.seed)
         state = stage.state
         pending: tuple[int, dict[str, Any]] | None = None
@@ -43,18 +52,22 @@ def run_sft(config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, 
         def finish(step: int, values: dict[str, Any]) -> None:
             """Reads a step's metrics, once the next step is on its way."""
             nonlocal clock
-            seconds, tokens = time.perf_counter() - clock, float(values["tokens"])
-            clock = time.perf_counter()
-            row = stage.record(step, {**values, "step_s": seconds, "tokens_per_second": tokens / seconds})
-            stage.progress.advance(loss=row["loss"])
+            with name_wait("update"):
+                tokens = float(values["tokens"])
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            with name_host_work("read metrics"):
+                row = stage.record(step, {**values, "step_s": seconds, "tokens_per_second": tokens / seconds})
+                stage.progress.advance(loss=row["loss"])
 
         for step, batch in stage.batches():
-            state, metrics = step_fn(state, policy.frozen, to_sft_batch(batch, sft.accumulation))
+            with name_host_work("dispatch update"):
+                state, metrics = step_fn(state, policy.frozen, to_sft_batch(batch, sft.accumulation))
             if pending is not None:
                 finish(*pending)
             pending = step, metrics
             if stage.is_due(step + 1):
                 finish(*pending)
                 pending = None
-                stage.save(step + 1, state)
+                with name_host_work("save checkpoint"):
+                    stage.save(step + 1, state)
     return state.trained, stage.total

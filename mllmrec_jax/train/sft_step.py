@@ -51,7 +51,8 @@ def make_sft_step(
         def accumulate(carry: tuple[Any, dict[str, Array]], scanned: tuple[SftBatch, Array]) -> tuple[Any, None]:
             micro, key = scanned
             (_, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, micro, key)
-            return jax.tree.map(jnp.add, carry, (grads, parts)), None
+            with jax.named_scope("accumulate"):
+                return jax.tree.map(jnp.add, carry, (grads, parts)), None
 
         micros = batch.group.prompt.shape[0]
         zeros = {"answer": jnp.float32(0)} | ({"history": jnp.float32(0)} if weight else {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,22 @@ from mllmrec_jax.sharding import find_own_rows, lay_out
 from mllmrec_jax.train.metrics_log import MetricsLog
 from mllmrec_jax.train.state import Policy, TrainState, init_state, make_optimizer, make_schedule
 
+Watch = Callable[[int], bool]
+"""Called before each step with its number; False ends the stage there, without a checkpoint."""
+
 
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message names the step and the cause."""
+
+
+def name_host_work(what: str) -> jax.profiler.TraceAnnotation:
+    """Names what the loop does between programs in a trace; costs nothing where none is recorded."""
+    return jax.profiler.TraceAnnotation(f"host: {what}")
+
+
+def name_wait(what: str) -> jax.profiler.TraceAnnotation:
+    """Names what the loop waits for."""
+    return jax.profiler.TraceAnnotation(f"wait: {what}")
 
 
 @jax.jit
@@ -55,7 +68,8 @@ class Stage:
     updates: int
     checkpoint_every: int
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    learning_rates: np.ndarray
+    """[optimizer steps] on the host: a value computed on the device would be ready only after the step that runs there."""
     loader: Loader
     places: np.ndarray
     """Which of a batch's rows this process has."""
@@ -64,10 +78,18 @@ class Stage:
     """None where process 0 writes it."""
     progress: Progress
     guard: PreemptionGuard
+    watch: Watch
 
     def batches(self) -> Iterator[tuple[int, ExampleBatch]]:
-        """(step, batch) from `start` to `total`."""
-        return zip(range(self.start, self.total), self.loader, strict=False)
+        """(step, batch) from `start` to `total`, each step named in traces."""
+        batches = iter(self.loader)
+        for step in range(self.start, self.total):
+            if not self.watch(step):
+                return
+            with name_host_work("load batch"):
+                batch = next(batches)
+            with jax.profiler.StepTraceAnnotation(self.name, step_num=step):
+                yield step, batch
 
     def record(self, step: int, values: dict[str, Any]) -> dict[str, float]:
         """Writes a step's metrics (waiting for them) and returns them.
@@ -75,7 +97,7 @@ class Stage:
         Raises:
           TrainingError: loss or gradient is not finite; the step was not applied.
         """
-        values = {**values, "learning_rate": self.schedule(step * self.updates)}
+        values = {**values, "learning_rate": self.learning_rates[step * self.updates]}
         row = {name: float(np.asarray(value)) for name, value in values.items()}
         if self.log is not None:
             self.log.write(step, row)
@@ -112,7 +134,15 @@ class Stage:
 
 @contextlib.contextmanager
 def open_stage(
-    name: Literal["sft", "grpo"], config: RunConfig, policy: Policy, shards: Shards, *, folder: Path, identity: dict[str, Any], resume: bool
+    name: Literal["sft", "grpo"],
+    config: RunConfig,
+    policy: Policy,
+    shards: Shards,
+    *,
+    folder: Path,
+    identity: dict[str, Any],
+    resume: bool,
+    watch: Watch | None = None,
 ) -> Iterator[Stage]:
     """Opens a stage at the newest checkpoint in `folder`/checkpoints/`name` where `resume` is set, else at its beginning.
 
@@ -162,11 +192,12 @@ def open_stage(
                 updates=updates,
                 checkpoint_every=settings.checkpoint_every,
                 optimizer=optimizer,
-                schedule=make_schedule(settings.optimizer, total * updates),
+                learning_rates=np.asarray(jax.vmap(make_schedule(settings.optimizer, total * updates))(jnp.arange(total * updates))),
                 loader=loader,
                 places=places,
                 checkpoints=checkpoints,
                 log=log,
                 progress=progress,
                 guard=guard,
+                watch=watch or (lambda step: True),
             )

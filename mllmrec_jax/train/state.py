@@ -51,8 +51,8 @@ def merge_policy(policy: Policy, trained: Any | None = None) -> Decoder:
 
 
 def fold_policy(policy: Policy, trained: Any) -> Decoder:
-    """The policy with its adapters merged, as a module with arrays of its own: changing it in place changes nothing else."""
-    model = nnx.merge(policy.graphdef, jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, policy.frozen))
+    """The policy with its adapters merged, as a module with variables of its own: changing it in place changes nothing else."""
+    model = nnx.merge(policy.graphdef, *jax.tree.map(lambda x: x, (trained, policy.frozen)))
     merge_adapters(model)
     return model
 
@@ -97,6 +97,7 @@ def init_state(trained: Any, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(trained, optimizer.init(trained), jnp.int32(0))
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(state: TrainState, grads: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, Array]:
     """One optimizer step; also returns the gradient's global norm before clipping.
 
