@@ -20,6 +20,8 @@ class UpdateShape(NamedTuple):
     rank: int
     """Of the adapters, on all linear layers."""
     micro_batches: int = 1
+    reuse_rollout: bool = False
+    """Whether the policy's forward pass is taken from the rollout."""
 
 
 def _share(devices: int) -> float:
@@ -47,8 +49,11 @@ def count_update_bytes(model: ModelConfig, shape: UpdateShape, *, data: int, fsd
         "weights": 2 * layers * kernels * weight * _share(fsdp),
         "adapters": 2 * layers * wide_sides * 4 * _share(fsdp),
         # Outputs of o_proj and down_proj: forward of policy and reference (4), the recomputed o_proj (1); inputs of q, k, v, gate and up
-        # in the backward pass (5). What adapters add to these is [tokens, rank].
-        "activations": layers * tokens * (10 * width + 9 * rank) * activation * 2 * _share(tensor),
+        # in the backward pass (5). What adapters add to these is [tokens, rank]. A policy taken from the rollout has no forward (2).
+        "activations": layers
+        * tokens
+        * ((10 - 2 * shape.reuse_rollout) * width + (9 - 2 * shape.reuse_rollout) * rank)
+        * (activation * 2 * _share(tensor)),
         "embedding": tokens * width * weight * (fsdp * _share(fsdp) + 2 * _share(tensor)),
         # Hidden states of policy and reference to the vocabulary, the gradient back, and a few numbers a row.
         "hidden": 2 * rows * fsdp * width * activation * _share(fsdp),

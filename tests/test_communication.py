@@ -17,7 +17,7 @@ from mllmrec_jax.generate.rollout import make_keys
 from mllmrec_jax.model.lora import add_adapters
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.sharding import make_mesh, place, place_batch, use_mesh
-from mllmrec_jax.train.grpo_loop import make_rollout
+from mllmrec_jax.train.grpo_loop import cut_activations, make_rollout
 from mllmrec_jax.train.grpo_step import GrpoBatch, make_grpo_step
 from mllmrec_jax.train.state import init_state, make_optimizer, split_policy
 
@@ -34,8 +34,9 @@ GRPO = GrpoConfig(
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 
 
-def compile_programs(sizes, model_config, *, prompts=16, prompt_tokens=40):
+def compile_programs(sizes, model_config, *, prompts=16, prompt_tokens=40, reuse_rollout=True):
     """(update, rollout) compiled for a mesh of virtual devices."""
+    grpo = dataclasses.replace(GRPO, reuse_rollout=reuse_rollout)
     b, p, g, c = prompts, prompt_tokens, GRPO.group_size, GRPO.max_new_tokens
     optimizer = make_optimizer(GRPO.optimizer, 10)
 
@@ -50,14 +51,15 @@ def compile_programs(sizes, model_config, *, prompts=16, prompt_tokens=40):
         state = place(init_state(policy.trained, optimizer))
         group = GroupBatch(zeros(1, b, p), zeros(1, b), zeros(1, b, g, c), zeros(1, b, g))
         batch = GrpoBatch(group, zeros(1, b, g, dtype=jnp.float32), zeros(1, b, g, c, dtype=jnp.float32), None)
-        step = make_grpo_step(policy, optimizer, GRPO, LogprobConfig(chunk_tokens=64))
-        rollout = make_rollout(policy, GRPO, stop_ids=(3,), pad_id=0)
-        keys = make_keys(0, 0, jnp.arange(b), g)
-        return (
-            step.lower(state, policy.frozen, None, place_batch(batch, leading=1)).compile(),
-            rollout.lower(state.trained, policy.frozen, place_batch(zeros(b, p)), place_batch(zeros(b)), keys).compile(),
-            state,
+        step = make_grpo_step(policy, optimizer, grpo, LogprobConfig(chunk_tokens=64))
+        rollout = make_rollout(policy, grpo, stop_ids=(3,), pad_id=0).lower(
+            state.trained, policy.frozen, place_batch(zeros(b, p)), place_batch(zeros(b)), make_keys(0, 0, jnp.arange(b), g)
         )
+        batch = place_batch(batch, leading=1)
+        if reuse_rollout:
+            kept = jax.tree.map(lambda x: zeros(*x.shape, dtype=x.dtype), rollout.out_info.activations)
+            batch = batch._replace(activations=cut_activations(kept, 1, 1, c))
+        return step.lower(state, policy.frozen, None, batch).compile(), rollout.compile(), state
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +78,19 @@ def programs():
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_update_moves_what_the_formulas_say(programs, sizes):
     update, _, _ = programs(sizes)
-    check_volume(update, SMALL, sizes, UpdateShape(16, 40, 4, 12, rank=4))
+    check_volume(update, SMALL, sizes, UpdateShape(16, 40, 4, 12, rank=4, reuse_rollout=True))
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_formulas_hold_at_another_size(sizes):
     update, _, _ = compile_programs(sizes, WIDE, prompts=32, prompt_tokens=96)
-    check_volume(update, WIDE, sizes, UpdateShape(32, 96, 4, 12, rank=4))
+    check_volume(update, WIDE, sizes, UpdateShape(32, 96, 4, 12, rank=4, reuse_rollout=True))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8)], ids=str)
+def test_formulas_hold_where_the_forward_pass_is_computed_again(sizes):
+    update, _, _ = compile_programs(sizes, SMALL, reuse_rollout=False)
+    check_volume(update, SMALL, sizes, UpdateShape(16, 40, 4, 12, rank=4))
 
 
 def check_volume(program, model, sizes, shape):
@@ -95,12 +103,13 @@ def check_volume(program, model, sizes, shape):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_each_weight_is_gathered_once_forward_and_once_backward(programs, sizes):
-    """Seven kernels and the wide sides of their adapters; policy and reference share the forward's."""
-    update, _, _ = programs(sizes)
-    loops = [c for c in list_collectives(update.as_text()) if c.kind == "all-gather" and "layers" in c.scope]
-    assert {c.count for c in loops} == {SMALL.num_layers}
-    backward = [c for c in loops if "transpose" in c.scope]
-    assert (len(loops) - len(backward), len(backward)) == (14, 14)
+    """Seven kernels and the wide sides of their adapters. Policy and reference share the forward's; a policy taken from the rollout
+    has none, and a reference has no adapters."""
+    for reuse, (update, _, _) in ((True, programs(sizes)), (False, compile_programs(sizes, SMALL, reuse_rollout=False))):
+        loops = [c for c in list_collectives(update.as_text()) if c.kind == "all-gather" and "layers" in c.scope]
+        assert {c.count for c in loops} == {SMALL.num_layers}
+        backward = [c for c in loops if "transpose" in c.scope]
+        assert (len(loops) - len(backward), len(backward)) == (7 if reuse else 14, 14)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

@@ -16,7 +16,7 @@ from mllmrec_jax.generate.rollout import make_keys
 from mllmrec_jax.model.lora import add_adapters
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.sharding import check_model, make_mesh, make_spec, place, place_batch, take_rows, use_mesh
-from mllmrec_jax.train.grpo_loop import make_rollout
+from mllmrec_jax.train.grpo_loop import cut_activations, make_rollout
 from mllmrec_jax.train.grpo_step import GrpoBatch, make_grpo_step
 from mllmrec_jax.train.state import init_state, make_optimizer, split_policy
 
@@ -28,16 +28,21 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
+# "again": the policy's forward pass is computed again, not taken from the rollout.
+MODES = ("lora", "lora again", "full")
+
+
 def make_grpo(mode):
     return GrpoConfig(
-        mode=mode, group_size=G, max_new_tokens=C, temperature=0.9, top_p=0.9, beta=0.1, kl_estimator="k3", accumulation=2,
-        lora=LoraConfig(rank=4), optimizer=OptimizerConfig(learning_rate=1e-3),
+        mode=mode.removesuffix(" again"), reuse_rollout="again" not in mode, group_size=G, max_new_tokens=C, temperature=0.9, top_p=0.9,
+        beta=0.1, kl_estimator="k3", accumulation=2, lora=LoraConfig(rank=4), optimizer=OptimizerConfig(learning_rate=1e-3),
     )  # fmt: skip
 
 
 def run_steps(mesh, mode, *, steps=3):
     """Sampled tokens, metrics and gradients' effect (trained weights) of a few whole GRPO steps."""
     grpo = make_grpo(mode)
+    mode = grpo.mode
     # Plain gradient descent: the adapters' B starts at 0, so its weights are the sum of its gradients. (Adam divides a gradient by its own
     # size: where that is rounding, so is the step.)
     optimizer = optax.sgd(0.5) if mode == "lora" else make_optimizer(grpo.optimizer, 10)
@@ -58,22 +63,25 @@ def run_steps(mesh, mode, *, steps=3):
             length = rng.integers(2, P + 1, B).astype(np.int32)
             keys = make_keys(0, step, jnp.arange(B), G)
             sampled = rollout_fn(state.trained, policy.frozen, place_batch(prompt), place_batch(length), keys)
-            host = jax.tree.map(np.asarray, sampled)
+            host = jax.tree.map(np.asarray, sampled._replace(activations=None))
             reward = (host.completion % 7 == 0).sum(-1).astype(np.float32)
             advantage = reward - reward.mean(axis=1, keepdims=True)
             group = GroupBatch(*(jnp.asarray(x) for x in (prompt, length, host.completion, host.completion_length)))
             batch = jax.tree.map(lambda x: x.reshape(2, B // 2, *x.shape[1:]), GrpoBatch(group, advantage, host.logp_raw, None))
-            state, metrics, logp_old = step_fn(state, policy.frozen, reference, place_batch(batch, leading=1))
+            batch = place_batch(batch, leading=1)
+            if grpo.reuse_rollout:
+                batch = batch._replace(activations=cut_activations(sampled.activations, 2, 1, C))
+            state, metrics, logp_old = step_fn(state, policy.frozen, reference, batch)
             out.append((host.completion, jax.tree.map(np.asarray, (metrics, logp_old, host.logp_raw, host.logp_sampled))))
         return out, jax.tree.map(np.asarray, jax.tree.leaves(state.trained))
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    return {mode: run_steps(None, mode) for mode in ("lora", "full")}
+    return {mode: run_steps(None, mode) for mode in MODES}
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_three_steps_equal_one_device(one_device, sizes, mode):
     mesh = make_mesh(MeshConfig(*sizes))

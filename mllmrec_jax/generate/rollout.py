@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from mllmrec_jax.config import ConfigError
 from mllmrec_jax.generate.sampling import sample_tokens
-from mllmrec_jax.model.qwen3 import Decoder, KeyValues
+from mllmrec_jax.model.kv_cache import KeyValues, make_empty_cache
+from mllmrec_jax.model.qwen3 import Decoder
+from mllmrec_jax.model.replay import Activations
 from mllmrec_jax.sharding import constrain
 
 
@@ -23,6 +25,8 @@ class Rollout(NamedTuple):
     """[B, G] bool: False where the completion was truncated at C."""
     logp_raw: Float[Array, "B G C"]
     logp_sampled: Float[Array, "B G C"]
+    activations: Activations | None = None
+    """Where they are kept."""
 
 
 def check_positions(prompt_width: int, max_new_tokens: int, max_position: int) -> None:
@@ -54,15 +58,16 @@ def rollout_group(
     stop_ids: tuple[int, ...],
     pad_id: int = 0,
     adapters: bool = True,
+    keep_activations: bool = False,
 ) -> Rollout:
     """Samples completions for keys [B, G] in one compiled loop that ends when every row has stopped.
 
-    With temperature 0 the most probable token is taken.
+    With temperature 0 the most probable token is taken. `keep_activations` is for an update that does not repeat the forward pass
+    (`model.replay`): L (P + G C) D values a prompt.
     """
     b = prompt.shape[0]
     g, c = keys.shape[1], max_new_tokens
     check_positions(prompt.shape[1], c, model.config.max_position)
-    layers, kv, d = model.config.num_layers, model.config.num_kv_heads, model.config.head_dim
     head = model.head_weight
 
     def draw(hidden: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -80,14 +85,17 @@ def rollout_group(
                 sample = sample_tokens(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
             return tuple(constrain(x.reshape(b, g), "batch", None) for x in sample)  # type: ignore[return-value]
 
-    def record(state: dict[str, jax.Array], hidden: jax.Array) -> dict[str, jax.Array]:
+    def record(state: dict[str, jax.Array], hidden: jax.Array, output: jax.Array) -> dict[str, jax.Array]:
         """Samples token number `index` from `hidden` [B, G, D] and writes it where a member has not stopped."""
         index, live = state["index"], ~state["stopped"]
         token, raw, sampled = draw(hidden, index)
         token = jnp.where(live, token, pad_id)
         stop = jnp.any(token[..., None] == jnp.array(stop_ids, jnp.int32), axis=-1) & live if stop_ids else jnp.zeros_like(live)
         put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), index, axis=2)  # noqa: E731
+        kept = {"predicting": put(state["predicting"], output)} if keep_activations else {}
         return {
+            **state,
+            **kept,
             "index": index + 1,
             "token": token,
             "stopped": state["stopped"] | stop,
@@ -98,7 +106,7 @@ def rollout_group(
         }
 
     with jax.named_scope("prefill"):
-        last, prompt_cache = model.prefill(prompt, prompt_length, adapters=adapters)
+        first = model.prefill(prompt, prompt_length, adapters=adapters, keep_inputs=keep_activations)
     state = {
         "index": jnp.int32(0),
         "token": jnp.zeros((b, g), jnp.int32),
@@ -108,18 +116,25 @@ def rollout_group(
         "logp_raw": jnp.zeros((b, g, c), jnp.float32),
         "logp_sampled": jnp.zeros((b, g, c), jnp.float32),
     }
-    state = record(state, jnp.broadcast_to(last[:, None], (b, g, last.shape[-1])))
-    empty = constrain(jnp.zeros((layers, b, g, c, kv, d), prompt_cache.k.dtype), None, "batch", None, None, "heads", None)
-    cache = KeyValues(empty, empty)
+    if keep_activations:
+        size, dtype = first.output.shape[-1], first.output.dtype
+        state["predicting"] = constrain(jnp.zeros((b, g, c, size), dtype), "batch", None, None, None)
+        state["inputs"] = constrain(jnp.zeros((model.config.num_layers, b, g, c, size), dtype), None, "batch", None, None, None)
+    state = record(state, *(jnp.broadcast_to(x[:, None], (b, g, x.shape[-1])) for x in (first.hidden, first.output)))
+    cache = jax.tree.map(lambda x: constrain(x, None, "batch", None, None, "heads", None), make_empty_cache(first.cache, g, c))
 
     def unfinished(carry: tuple[dict[str, jax.Array], KeyValues]) -> jax.Array:
         return (carry[0]["index"] < c) & ~jnp.all(carry[0]["stopped"])
 
     def step(carry: tuple[dict[str, jax.Array], KeyValues]) -> tuple[dict[str, jax.Array], KeyValues]:
         state, cache = carry
-        hidden, cache = model.decode(state["token"], state["index"] - 1, prompt_length, prompt_cache, cache, adapters=adapters)
-        return record(state, hidden), cache
+        given = state["index"] - 1
+        made = model.decode(state["token"], given, prompt_length, first.cache, cache, adapters=adapters, keep_inputs=keep_activations)
+        if made.inputs is not None:
+            state = {**state, "inputs": jax.lax.dynamic_update_index_in_dim(state["inputs"], made.inputs, given, axis=3)}
+        return record(state, made.hidden, made.output), made.cache
 
     with jax.named_scope("decode"):
         state, _ = jax.lax.while_loop(unfinished, step, (state, cache))
-    return Rollout(state["completion"], state["completion_length"], state["stopped"], state["logp_raw"], state["logp_sampled"])
+    kept = None if first.inputs is None else Activations(first.inputs, state["inputs"], state["predicting"])
+    return Rollout(state["completion"], state["completion_length"], state["stopped"], state["logp_raw"], state["logp_sampled"], kept)

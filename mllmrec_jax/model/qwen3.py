@@ -17,15 +17,21 @@ from jaxtyping import Array, Float, Int
 from mllmrec_jax.config import ModelConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model.attention import attend_group, attend_prompt, rotate
+from mllmrec_jax.model.kv_cache import KeyValues, pack, unpack
 from mllmrec_jax.model.lora import Linear, draw_normal
 from mllmrec_jax.sharding import constrain, gather_weights, take_rows
 
 
-class KeyValues(NamedTuple):
-    """Keys and values of every layer; of a prompt `[L, B, P, K, d]`, of a group's completions `[L, B, G, C, K, d]`."""
+class Generated(NamedTuple):
+    """What generation computes of prompts ([B, ...]) or of one token of each member ([B, G, ...])."""
 
-    k: Array
-    v: Array
+    hidden: Float[Array, "... D"]
+    """What the head reads: of the prompt's last token, or of the token given."""
+    output: Float[Array, "... D"]
+    """The same before the last norm."""
+    cache: KeyValues
+    inputs: Array | None
+    """Each layer's input, [L, B, P, D] or [L, B, G, D], where it is kept."""
 
 
 class RMSNorm(nnx.Module):
@@ -151,7 +157,8 @@ class Decoder(nnx.Module):
         weight = self.embedding if self.head is None else self.head
         return weight[...].astype(self.config.dtype)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Rows of the embedding, in the compute dtype."""
         with jax.named_scope("embed"):
             return take_rows(self.embedding[...], tokens).astype(self.config.dtype)
 
@@ -165,11 +172,12 @@ class Decoder(nnx.Module):
         per_layer: Any = None,
         dropout_key: jax.Array | None = None,
         remat: bool = False,
-    ) -> tuple[tuple[jax.Array, ...], Any]:
+        keep_inputs: bool = False,
+    ) -> tuple[tuple[jax.Array, ...], Any, jax.Array | None]:
         """Scans the stacked layers; `attend` gets its layer's slice of `per_layer` first.
 
-        Returns x once for each of `adapters` (with or without them), and the stacked kept values of the first. Each layer's weights are
-        gathered once for all of these.
+        Returns x once for each of `adapters` (with or without them); of the first of these, what `attend` kept, stacked, and where asked
+        for each layer's input. Each layer's weights are gathered once for all.
         """
         graphdef, stacked = nnx.split(self.layers)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers)
@@ -180,12 +188,13 @@ class Decoder(nnx.Module):
             out = [
                 layer(x, position, lambda q, k, v: attend(own, q, k, v), adapters=on, key=key) for x, on in zip(xs, adapters, strict=True)
             ]
-            return tuple(x for x, _ in out), out[0][1]
+            return tuple(x for x, _ in out), (out[0][1], xs[0] if keep_inputs else None)
 
         if remat and self.config.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         with jax.named_scope("layers"):
-            return jax.lax.scan(body, (x,) * len(adapters), (stacked, per_layer, keys))
+            xs, (kept, inputs) = jax.lax.scan(body, (x,) * len(adapters), (stacked, per_layer, keys))
+        return xs, kept, inputs
 
     def encode_group(
         self, batch: GroupBatch, *, adapters: bool = True, dropout_key: jax.Array | None = None
@@ -201,38 +210,30 @@ class Decoder(nnx.Module):
         return policy, reference
 
     def _encode(self, batch: GroupBatch, adapters: tuple[bool, ...], dropout_key: jax.Array | None) -> list[tuple[jax.Array, jax.Array]]:
-        # Prompt and completion tokens of a row share one token axis of P + G C, so that each layer's weights are read once for all.
-        b, p = batch.prompt.shape
-        g, c = batch.completion.shape[1:]
-        tokens = jnp.concatenate([batch.prompt, batch.completion.reshape(b, g * c)], axis=1)
-        offsets = jnp.tile(jnp.arange(c), g)
-        position = jnp.concatenate([jnp.broadcast_to(jnp.arange(p), (b, p)), batch.prompt_length[:, None] + offsets], axis=1)
+        ids, position = lay_out_group(batch)
+        embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = _drop(self.embed(ids), embed_key, self.config.dropout)
 
         def attend(_: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            (q_p, q_c), (k_p, k_c), (v_p, v_c) = ((x[:, :p], x[:, p:].reshape(b, g, c, *x.shape[2:])) for x in (q, k, v))
-            prompt = attend_prompt(q_p, k_p, v_p)
-            own = attend_group(q_c, k_c, v_c, k_p, v_p, batch.prompt_length)
-            return jnp.concatenate([prompt, own.reshape(b, g * c, *own.shape[3:])], axis=1), None
+            return attend_tokens(q, k, v, batch), None
 
-        embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = _drop(self._embed(tokens), embed_key, self.config.dropout)
-        xs, _ = self._run_layers(x, position, attend, adapters=adapters, dropout_key=layers_key, remat=True)
-        normed = [self.norm(x) for x in xs]
-        return [(x[:, :p], x[:, p:].reshape(b, g, c, -1)) for x in normed]
+        xs, *_ = self._run_layers(x, position, attend, adapters=adapters, dropout_key=layers_key, remat=True)
+        return [split_tokens(self.norm(x), batch) for x in xs]
 
     def prefill(
-        self, prompt: Int[Array, "B P"], prompt_length: Int[Array, " B"], *, adapters: bool = True
-    ) -> tuple[Float[Array, "B D"], KeyValues]:
-        """Hidden state of each prompt's last token, and the prompt's keys and values."""
+        self, prompt: Int[Array, "B P"], prompt_length: Int[Array, " B"], *, adapters: bool = True, keep_inputs: bool = False
+    ) -> Generated:
+        """States [B, D] of each prompt's last token, and the prompt's keys and values."""
         b, p = prompt.shape
+        stored = self.config.cache_dtype
 
         def attend(_: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValues]:
-            return attend_prompt(q, k, v), KeyValues(k, v)
+            return attend_prompt(q, k, v), KeyValues(pack(k, stored), pack(v, stored))
 
         position = jnp.broadcast_to(jnp.arange(p), (b, p))
-        (x,), cache = self._run_layers(self._embed(prompt), position, attend, adapters=(adapters,))
+        (x,), cache, inputs = self._run_layers(self.embed(prompt), position, attend, adapters=(adapters,), keep_inputs=keep_inputs)
         last = jnp.take_along_axis(x, (prompt_length - 1)[:, None, None], axis=1)[:, 0]
-        return self.norm(last), cache
+        return Generated(self.norm(last), last, cache, inputs)
 
     def decode(
         self,
@@ -243,21 +244,52 @@ class Decoder(nnx.Module):
         cache: KeyValues,
         *,
         adapters: bool = True,
-    ) -> tuple[Float[Array, "B G D"], KeyValues]:
-        """One decoding step: completion token number `index` of all members in, its hidden state and the grown cache out."""
+        keep_inputs: bool = False,
+    ) -> Generated:
+        """One decoding step: completion token number `index` of all members in, its states [B, G, D] and the grown cache out."""
         b, g = token.shape
         position = jnp.broadcast_to((prompt_length + index)[:, None], (b, g))
 
         def attend(own: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValues]:
             prompt, cached = own
-            grown = KeyValues(
-                *(jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None], index, axis=2) for old, new in zip(cached, (k, v), strict=True))
-            )
-            mixed = attend_group(q[:, :, None], grown.k, grown.v, prompt.k, prompt.v, prompt_length, start=index)
-            return mixed[:, :, 0], grown
+            new = KeyValues(*(pack(x, self.config.cache_dtype) for x in (k, v)))
+            grown = jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, axis=2), cached, new)
+            held = (unpack(x, q.dtype) for x in (*grown, *prompt))
+            return attend_group(q[:, :, None], *held, prompt_length, start=index)[:, :, 0], grown
 
-        (x,), cache = self._run_layers(self._embed(token), position, attend, adapters=(adapters,), per_layer=(prompt_cache, cache))
-        return self.norm(x), cache
+        per_layer = (prompt_cache, cache)
+        (x,), cache, inputs = self._run_layers(
+            self.embed(token), position, attend, adapters=(adapters,), per_layer=per_layer, keep_inputs=keep_inputs
+        )
+        return Generated(self.norm(x), x, cache, inputs)
+
+
+def lay_out_group(batch: GroupBatch) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Token ids and positions on one token axis, T = P + G C: the prompt, then its completions.
+
+    One axis for all, so that each layer's weights are read once for prompts and completions.
+    """
+    b, p = batch.prompt.shape
+    g, c = batch.completion.shape[1:]
+    ids = jnp.concatenate([batch.prompt, batch.completion.reshape(b, g * c)], axis=1)
+    offsets = jnp.tile(jnp.arange(c), g)
+    return ids, jnp.concatenate([jnp.broadcast_to(jnp.arange(p), (b, p)), batch.prompt_length[:, None] + offsets], axis=1)
+
+
+def split_tokens(x: Float[Array, "B T ..."], batch: GroupBatch) -> tuple[Float[Array, "B P ..."], Float[Array, "B G C ..."]]:
+    """The parts of an array on `lay_out_group`'s token axis."""
+    p = batch.prompt.shape[1]
+    return x[:, :p], x[:, p:].reshape(*batch.completion.shape, *x.shape[2:])
+
+
+def attend_tokens(
+    q: Float[Array, "B T H d"], k: Float[Array, "B T K d"], v: Float[Array, "B T K d"], batch: GroupBatch
+) -> Float[Array, "B T H d"]:
+    """Attention on `lay_out_group`'s token axis: prompts to themselves, completions to their prompt and their own member."""
+    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (split_tokens(x, batch) for x in (q, k, v))
+    prompt = attend_prompt(q_p, k_p, v_p)
+    own = attend_group(q_c, k_c, v_c, k_p, v_p, batch.prompt_length)
+    return jnp.concatenate([prompt, own.reshape(len(own), -1, *own.shape[3:])], axis=1)
 
 
 def predicting_states(

@@ -14,7 +14,8 @@ from flax import nnx
 from mllmrec_jax.config import ModelConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model import attention
-from mllmrec_jax.model.qwen3 import Decoder, KeyValues, _drop, predicting_states
+from mllmrec_jax.model.kv_cache import KeyValues
+from mllmrec_jax.model.qwen3 import Decoder, _drop, predicting_states
 
 B, P, G, C, V = 2, 6, 3, 3, 80
 CONFIG = ModelConfig(
@@ -118,12 +119,14 @@ def test_group_layout_equals_the_repeated_layout() -> None:
 
 @nnx.jit
 def prefill(model: Decoder, batch: GroupBatch) -> tuple[jax.Array, KeyValues]:
-    return model.prefill(batch.prompt, batch.prompt_length)
+    made = model.prefill(batch.prompt, batch.prompt_length)
+    return made.hidden, made.cache
 
 
 @nnx.jit
 def decode(model: Decoder, token: jax.Array, index: jax.Array, prompt_cache: KeyValues, cache: KeyValues) -> tuple[jax.Array, KeyValues]:
-    return model.decode(token, index, PROMPT_LENGTH, prompt_cache, cache)
+    made = model.decode(token, index, PROMPT_LENGTH, prompt_cache, cache)
+    return made.hidden, made.cache
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
