@@ -18,6 +18,9 @@ NO_ROPE_SCALING = RopeScalingConfig()
 
 # Query rows whose scores exist at a time. 512 rows x 2048 keys x 32 heads of float32 are 128 MiB.
 QUERY_BLOCK = 512
+# Of prompts: smaller blocks leave out more of the scores that causality hides, and stay in a CPU's cache; each is a piece of program.
+PROMPT_BLOCK = 128
+MAX_PROMPT_BLOCKS = 16
 
 
 def rotary_frequencies(head_dim: int, *, theta: float, scaling: RopeScalingConfig) -> Float[Array, " half"]:
@@ -56,26 +59,32 @@ def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
+def cut_prompt(size: int) -> list[tuple[int, int]]:
+    """(start, end) of the blocks of query rows of a prompt of `size` tokens."""
+    block = PROMPT_BLOCK * max(1, -(-size // (PROMPT_BLOCK * MAX_PROMPT_BLOCKS)))
+    return [(start, min(start + block, size)) for start in range(0, size, block)]
+
+
 @jax.named_scope("attend")
 def attend_prompt(q: Float[Array, "B P H d"], k: Float[Array, "B P K d"], v: Float[Array, "B P K d"]) -> Float[Array, "B P H d"]:
-    """Causal self-attention of right-padded prompts: padding stands behind every real row, so causality already hides it."""
+    """Causal self-attention of right-padded prompts: padding stands behind every real row, so causality already hides it.
+
+    A block of query rows meets the keys up to its own end, and no scores are made of those behind it.
+    """
     b, p, h, d = q.shape
     kv = k.shape[2]
     q = q.reshape(b, p, kv, h // kv, d) * d**-0.5
 
-    def attend(q_block: jax.Array, start: jax.Array) -> jax.Array:
+    def attend(q_block: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         scores = jnp.einsum("bqkrd,bpkd->bkrqp", q_block, k)
-        row = start + jnp.arange(q_block.shape[1])[:, None]
-        weights = _softmax(scores, jnp.arange(p)[None, :] <= row)
+        rows, keys = scores.shape[-2:]
+        weights = _softmax(scores, jnp.arange(keys)[None, :] <= keys - rows + jnp.arange(rows)[:, None])
         return jnp.einsum("bkrqp,bpkd->bqkrd", weights.astype(v.dtype), v)
 
-    if p <= QUERY_BLOCK:
-        return attend(q, jnp.int32(0)).reshape(b, p, h, d)
-    blocks = -(-p // QUERY_BLOCK)
-    padded = jnp.pad(q, ((0, 0), (0, blocks * QUERY_BLOCK - p), (0, 0), (0, 0), (0, 0)))
-    split = padded.reshape(b, blocks, QUERY_BLOCK, kv, h // kv, d).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)), (split, jnp.arange(blocks) * QUERY_BLOCK))
-    return out.swapaxes(0, 1).reshape(b, blocks * QUERY_BLOCK, h, d)[:, :p]
+    blocks = cut_prompt(p)
+    attend_block = jax.checkpoint(attend) if len(blocks) > 1 else attend
+    out = [attend_block(q[:, start:end], k[:, :end], v[:, :end]) for start, end in blocks]
+    return jnp.concatenate(out, axis=1).reshape(b, p, h, d)
 
 
 @jax.named_scope("attend")

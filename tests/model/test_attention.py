@@ -83,6 +83,7 @@ def test_query_blocks_change_neither_values_nor_gradients(block: int, monkeypatc
 
     (_, expected), expected_grads = value_and_grad()
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "PROMPT_BLOCK", block)
     (_, got), grads = value_and_grad()
     for a, b_ in zip((*got, *grads), (*expected, *expected_grads), strict=True):
         np.testing.assert_allclose(a, b_, atol=3e-6)
@@ -146,3 +147,17 @@ def test_llama3_frequencies_are_those_of_transformers(factor: float, low: float,
     plain = np.asarray(rotary_frequencies(128, theta=500_000.0, scaling=NO_ROPE_SCALING))
     np.testing.assert_allclose(got[0], plain[0])
     np.testing.assert_allclose(got[-1], plain[-1] / factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 384, 1000, 2048, 2049, 9000])
+def test_blocks_of_a_prompt_are_few_and_leave_no_row_out(size: int) -> None:
+    blocks = attention.cut_prompt(size)
+    assert [row for start, end in blocks for row in range(start, end)] == list(range(size))
+    assert len(blocks) <= attention.MAX_PROMPT_BLOCKS
+
+
+def test_scores_that_causality_hides_are_not_made() -> None:
+    """Of 512 x 512 scores, four blocks of 128 rows make 10 of 16 parts."""
+    arrays = draw(8, (1, 512, 1, 64), (1, 512, 1, 64), (1, 512, 1, 64))
+    flops = jax.jit(attend_prompt).lower(*arrays).compile().cost_analysis()["flops"]
+    assert flops == pytest.approx(10 / 16 * 4 * 512 * 512 * 64, rel=0.08)

@@ -177,6 +177,7 @@ def test_remat_policies_give_the_same_gradients(dropout: float) -> None:
 def test_query_blocks_change_neither_values_nor_gradients(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected_value, expected = value_and_grad(make_model())
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "PROMPT_BLOCK", block)
     value, grads = value_and_grad(make_model())
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
