@@ -67,12 +67,17 @@ class RunFolderError(RuntimeError):
     """A run folder that is in the way, or that lacks what a stage needs."""
 
 
-def open_run_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:
-    """`output`/`name`, refused where it holds another run's results and neither flag says what to do with them."""
+def find_run_folder(config: RunConfig) -> Path:
+    """`output`/`name`."""
     if config.name in ("", ".", "..") or Path(config.name).name != config.name:
         raise ConfigError(f"name: expected the name of one folder in {config.output}, got {config.name!r}")
-    folder = config.output / config.name
-    if folder.exists() and any(folder.iterdir()):
+    return config.output / config.name
+
+
+def open_run_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:
+    """`output`/`name`, refused where it holds another run's results (profiles are none) and neither flag says what to do with them."""
+    folder = find_run_folder(config)
+    if folder.exists() and any(path.name != "profile" for path in folder.iterdir()):
         if overwrite:
             if not (folder / "provenance.json").is_file():
                 raise RunFolderError(
@@ -219,7 +224,7 @@ class Run:
           RunFolderError: SFT is not finished in this folder.
           CheckpointError: it belongs to another configuration.
         """
-        steps = self._require_finished("sft")
+        steps = self.require_finished("sft")
         policy = sft_policy(self.config, self.prepared)
         identity = _identity(self.config, "sft", policy, self.prepared.sft, _hash_base(self.config, policy))
         return policy, self._load_trained("sft", policy, identity, steps)
@@ -232,7 +237,7 @@ class Run:
         if self._marker("grpo").is_file():
             policy = grpo_policy(self.config, sft, sft_trained)
             identity = _identity(self.config, "grpo", policy, self.prepared.grpo, _hash_result(sft, sft_trained))
-            policies["grpo"] = (policy, self._load_trained("grpo", policy, identity, self._require_finished("grpo")))
+            policies["grpo"] = (policy, self._load_trained("grpo", policy, identity, self.require_finished("grpo")))
         return policies
 
     def _load_trained(self, stage: Literal["sft", "grpo"], policy: Policy, identity: dict[str, Any], steps: int) -> Any:
@@ -271,7 +276,7 @@ class Run:
         if is_main_process():
             write_file(self._marker(stage), f"{steps}\n".encode())
 
-    def _require_finished(self, stage: str) -> int:
+    def require_finished(self, stage: str) -> int:
         """Steps of a finished stage; a half-trained one is never taken for it."""
         if not self._marker(stage).is_file():
             raise RunFolderError(
@@ -441,11 +446,11 @@ def export_stage(run: Run, stage: str, folder: Path) -> None:
 
     Raises:
       RunFolderError: the stage is not there.
+      WeightsError: `folder` is not empty.
+      OSError: the disk is full or not writable.
     """
-    policies = run.load_policies()
-    if stage not in policies:
-        raise RunFolderError(f"{run.folder}: expected a finished {stage} stage, found {', '.join(policies)}; run `mllmrec {stage}` first")
-    policy, trained = policies[stage]
+    run.require_finished(stage)
+    policy, trained = run.load_sft() if stage == "sft" else run.load_policies()[stage]
     with use_mesh(run.mesh):
         export_weights(fold_policy(policy, trained), folder, stop_ids=run.prepared.tokenizer.stop_ids)
 

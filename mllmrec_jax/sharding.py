@@ -184,7 +184,7 @@ def vocab_sharding() -> VocabSharding | None:
     return VocabSharding(mesh, row_axes, vocab_axes)
 
 
-def check_model(model: ModelConfig, mesh: Mesh, *, vocab_size: int, batch_size: int) -> None:
+def check_model(model: ModelConfig, mesh: Mesh | AbstractMesh, *, vocab_size: int, batch_size: int) -> None:
     """Raises ConfigError where a model or a batch does not divide over `mesh`, before anything is made."""
     wanted = {
         "model.num_kv_heads": (model.num_kv_heads, "heads"),
@@ -238,6 +238,12 @@ def share_rows(tree: Any, *, leading: int = 0) -> Any:
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(np.asarray, _replicate(place_batch(tree, leading=leading)))
+
+
+def read_whole(x: jax.Array) -> np.ndarray:
+    """The whole of an array, on the host of every process; all processes call this together."""
+    # Waited for, so that a process that has nothing else to do does not pile up arrays that others still write.
+    return np.asarray(x if x.is_fully_addressable else jax.block_until_ready(_replicate(x)))
 
 
 def _is_variable(leaf: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tomli_w
 
@@ -25,6 +28,7 @@ from mllmrec_jax.config import ConfigError, MeshConfig, OptimizerConfig, RunConf
 from mllmrec_jax.distributed import EXIT_PREEMPTED
 from mllmrec_jax.pipeline import open_run, run_all
 from mllmrec_jax.train.metrics_log import read_metrics
+from mllmrec_launch.local import LocalOptions, find_free_port, plan_local
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCKS = ("_s", "tokens_per_second")
@@ -250,10 +254,10 @@ def test_a_stopped_run_goes_on_on_any_mesh(eight: RunConfig, sizes: tuple[int, .
     (assert_same if sizes == (1, 8, 1) else assert_close)(config, eight)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: Callable[[], str]) -> None:
+def wait_for(condition: Callable[[], bool], is_alive: Callable[[], bool], what: Callable[[], str]) -> None:
     end = time.monotonic() + 300
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, what()
+        assert is_alive() and time.monotonic() < end, what()
         time.sleep(0.005)
 
 
@@ -267,7 +271,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_floats(
     log = tmp_path / f"{config.name}.log"
     for stage in STAGES:
         process = launch(config, processes=processes, devices=devices)
-        wait_for(lambda: len(read_rows(config, stage)) >= 2, process, log.read_text)  # noqa: B023
+        wait_for(lambda: len(read_rows(config, stage)) >= 2, lambda: process.poll() is None, log.read_text)  # noqa: B023
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == EXIT_PREEMPTED, log.read_text()
         assert len(re.findall(f"stopped by SIGTERM after {stage} step", log.read_text())) == processes
@@ -276,24 +280,94 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_floats(
     assert_same(config, expected)
 
 
+# What a process of a run to be killed does. It comes from a server that has done the imports, and keeps every compiled program: JAX writes
+# those of process 0 alone, and on the CPU each process looks for its own.
+FORKED = """
+import os, types
+os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+os.dup2(1, 2)
+os.environ["XLA_FLAGS"] = ""  # one device
+import jax
+from jax._src import compiler
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
+from mllmrec_jax.cli import main
+main(words)
+"""
+PRELOADED = ["mllmrec_jax.cli", "mllmrec_jax.pipeline", "transformers.models.auto.tokenization_auto", "grain", "tyro"]
+
+
+@contextlib.contextmanager
+def forking(config: RunConfig, folder: Path) -> Iterator[list[Any]]:
+    """Two processes of `mllmrec run --resume`, told of each other as the launcher does."""
+    toml, log = folder / "forked.toml", folder / "forked.log"
+    toml.write_text(tomli_w.dumps(to_dict(config)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = []
+    for command in plan_local(LocalOptions(config=str(toml), processes=2, cpu=True), [], port=find_free_port()):
+        words = list(command.words[command.words.index("run") :])
+        processes.append(context.Process(target=exec, args=(FORKED, {"words": words, "log": str(log)})))
+        processes[-1].start()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def read_checkpoint(folder: Path) -> list[np.ndarray]:
+    """Every array of a checkpoint, whole, without knowing whose it is."""
+    reader = ocp.PyTreeCheckpointer()
+    stored = reader.metadata(folder / "state").item_metadata
+    assert stored is not None
+    wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.tree)
+    return jax.tree.leaves(reader.restore(folder / "state", restore_args=wanted))
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_no_whole_checkpoint_is_lost(pair: RunConfig, tmp_path: Path, launch: Launch) -> None:
-    """Six SIGKILLs of either of two processes, each at a random moment after a save has begun, in a run that saves at every step."""
+def test_killed_at_twenty_moments_no_whole_checkpoint_is_lost(pair: RunConfig, tmp_path: Path) -> None:
+    """SIGKILLs of either of two processes: half of them after a save has begun, half anywhere in the time it takes to get there.
+
+    Each run goes on from what the one before left; the last one comes to the end, with the numbers of a run that was never stopped.
+    """
     config = dataclasses.replace(pair, output=tmp_path)
-    log = tmp_path / f"{config.name}.log"
+    checkpoints, log = config.output / config.name / "checkpoints", tmp_path / "forked.log"
     moments = np.random.default_rng(0)
-    cut = 0
-    for stage in [stage for stage in STAGES for _ in range(3)]:
-        seen = list_saves(config, stage)
-        process = launch(config, processes=2, devices=1)
-        wait_for(lambda: list_saves(config, stage) > seen and max(list_saves(config, stage)) > max(seen, default=0), process, log.read_text)  # noqa: B023
-        time.sleep(moments.uniform(0, 0.1))
-        whole = list_saves(config, stage, whole=True)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[moments.integers(2)]), signal.SIGKILL)
-        assert process.wait(60) == 128 + signal.SIGKILL, log.read_text()
-        assert max(list_saves(config, stage, whole=True), default=0) >= max(whole, default=0)
-        cut += list_saves(config, stage) != list_saves(config, stage, whole=True)
-    assert cut >= 2  # in the middle of a save
-    assert launch(config, processes=2, devices=1).wait(300) == 0, log.read_text()
+    start_s = 10.0  # that a run takes to its first save
+
+    def list_all(*, whole: bool) -> list[tuple[int, int]]:
+        return sorted((place, step) for place, stage in enumerate(STAGES) for step in list_saves(config, stage, whole=whole))
+
+    def run_and_kill(place: int, *, after_save: bool) -> bool:
+        """Whether a save was cut, in a run killed in stage `place` or in one after it."""
+        nonlocal start_s
+        begin = time.monotonic()
+        end = math.inf if after_save else begin + moments.uniform(0, start_s)
+        seen = max(list_all(whole=False), default=(0, 0))
+        with forking(config, tmp_path) as processes:
+            saves = lambda: max(list_all(whole=False), default=(0, 0)) > max(seen, (place, 0))  # noqa: E731
+            alive = lambda: all(process.is_alive() for process in processes)  # noqa: E731
+            wait_for(lambda: time.monotonic() > end or saves(), alive, log.read_text)
+            if after_save:
+                start_s = time.monotonic() - begin
+                time.sleep(moments.uniform(0, 0.1))
+            whole, victim = list_all(whole=True), moments.integers(2)
+            processes[victim].kill()
+            processes[victim].join()
+            processes[1 - victim].join(moments.uniform(0, 1))  # the other one may end for it, or have no time to
+        assert list_all(whole=True)[-1:] >= whole[-1:]
+        for stage, step in list_all(whole=True):
+            state = read_checkpoint(checkpoints / STAGES[stage] / str(step))
+            assert all(np.isfinite(x).all() for x in state)
+            assert any(x.shape == () and x == step for x in state)
+        return list_all(whole=True) != list_all(whole=False)
+
+    cut = [run_and_kill(place, after_save=after_save) for place in (0, 1) for _ in range(5) for after_save in (True, False)]
+    assert len(cut) == 20 and sum(cut) >= 3
+    with forking(config, tmp_path) as processes:
+        for process in processes:
+            process.join(300)
+            assert process.exitcode == 0, log.read_text()
     assert_same(config, pair)

@@ -30,8 +30,8 @@ class LaunchOptions:
 
     config: Annotated[tyro.conf.Positional[Line], tyro.conf.arg(metavar="CONFIG")]
     """The run's configuration: a TOML file, or the name of a shipped one."""
-    command: Literal["run", "sft", "grpo", "evaluate"] = "run"
-    """The `mllmrec` command every process runs, with --resume."""
+    command: Literal["run", "sft", "grpo", "evaluate", "export"] = "run"
+    """The `mllmrec` command every process runs; those that train, with --resume."""
     check: bool = False
     """Run `python -m mllmrec_jax.distributed --check` instead: do the processes find each other, and can they sum a number?"""
     check_seconds: NonNegativeFloat = 0.0
@@ -100,5 +100,5 @@ def build_program(
     if options.check:
         seconds = ["--seconds", str(options.check_seconds)] if options.check_seconds else []
         return [python, "-m", "mllmrec_jax.distributed", "--check", *seconds, config, *overrides, *fields]
-    resume = [] if options.command == "evaluate" else ["--resume"]
+    resume = ["--resume"] if options.command in ("run", "sft", "grpo") else []
     return [python, "-m", "mllmrec_jax.cli", options.command, config, *resume, *overrides, *fields]

@@ -1,11 +1,12 @@
-"""The tensors of a Hugging Face folder (safetensors, one file or sharded), read by parts."""
+"""The tensors of a Hugging Face folder (safetensors, one file or sharded), read by parts and written one by one."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 # Bytes of a source tensor that are in memory beside their destination at a time.
 READ_BYTES = 4 * 2**20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F64", "F32", "F16", "BF16"}
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FLOATS = set(_DTYPES.values())
 
 Part = tuple[range, ...]
 """The indices of each dimension that belong to a part of an array."""
@@ -112,3 +114,31 @@ def read_checked(stored: StoredTensor, part: Part, dtype: np.dtype) -> Iterator[
 def copy_part(stored: StoredTensor, part: Part, destination: np.ndarray) -> None:
     for rows, block in read_checked(stored, part, destination.dtype):
         destination[rows] = block
+
+
+def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterable[np.ndarray]) -> None:
+    """Writes a safetensors file, one array after the other: the format's own library wants them all in memory at once.
+
+    The file is the length of its header (8 bytes), the header (JSON: each tensor's dtype, shape and bytes from where to where, counted
+    from the header's end), and the numbers, little-endian.
+
+    Args:
+      shapes: of every tensor, by name, in the order of `arrays`.
+
+    Raises:
+      OSError: the disk is full or not writable.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for array, shape in zip(arrays, shapes.values(), strict=True):
+            assert array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
+            stream.write(array.view(np.uint8))
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,16 +1,18 @@
 """Weights from and to Hugging Face folders (safetensors, one file or sharded), and their content hash.
 
 A layer's tensor `model.layers.3.mlp.up_proj.weight` [out, in] is slice 3 of our stacked kernel [L, in, out]. Of each tensor a process
-reads the rows and columns that its devices hold, and nothing else.
+reads the rows and columns that its devices hold, and nothing else. Written, tensors pass through the host one by one.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from mllmrec_jax.config import ModelConfig
 from mllmrec_jax.data.atomic import new_folder
+from mllmrec_jax.distributed import is_main_process
 from mllmrec_jax.model.hf_config import describe_model, read_model_config
 from mllmrec_jax.model.hf_tensors import (
     FLOATS,
@@ -36,11 +37,13 @@ from mllmrec_jax.model.hf_tensors import (
     open_tensors,
     read_blocks,
     read_checked,
+    write_tensors,
 )
 from mllmrec_jax.model.lora import LoraParam, LoraScale
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.model.sharded import abstract_model
 from mllmrec_jax.progress import track
+from mllmrec_jax.sharding import read_whole
 
 ALIGNMENT = 64  # bytes
 _FIXED_NAMES = {("embedding",): "model.embed_tokens.weight", ("norm", "weight"): "model.norm.weight", ("head",): "lm_head.weight"}
@@ -223,16 +226,26 @@ def _plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _save_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise OSError(f"{file}: cannot be written: {error}; nothing was left behind") from None
-
-
-def _check_new(folder: Path) -> None:
+@contextlib.contextmanager
+def _new_export(folder: Path) -> Iterator[Path | None]:
+    """The temporary folder that becomes `folder`; None in a process other than 0, which reads with the others and writes nothing."""
+    if not is_main_process():
+        yield None
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{folder}: expected a folder that does not exist yet, or an empty one; give another or remove it")
+    with new_folder(folder) as temporary:
+        yield temporary
+
+
+def _write_tensors(file: Path | None, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterable[np.ndarray]) -> None:
+    if file is None:
+        collections.deque(arrays, maxlen=0)
+    else:
+        write_tensors(file, shapes, dtype, arrays)
+
+
+_take_layer = jax.jit(lambda stacked, layer: stacked[layer])
 
 
 def export_weights(
@@ -240,10 +253,12 @@ def export_weights(
 ) -> None:
     """Writes config.json and safetensors that transformers loads; the folder appears whole or not at all.
 
+    Weights may lie over the devices of many processes: all of them call this, process 0 writes. One tensor is on the host at a time.
+
     Args:
       dtype: dtype of the written weights; None keeps `config.param_dtype`.
       stop_ids: token ids that end an answer, written as `eos_token_id`.
-      max_shard_bytes: a new file is begun above this size; one file's tensors are in memory at a time.
+      max_shard_bytes: a new file is begun above this size.
 
     Raises:
       WeightsError: the model carries unmerged adapters, a weight is not finite, or `folder` is not empty.
@@ -253,7 +268,6 @@ def export_weights(
     parameters = _flat_parameters(model)
     if any(map(_is_adapter, parameters.values())):
         raise WeightsError(f"{folder}: the model carries adapters; call merge_adapters first, or export_adapters to write them alone")
-    _check_new(folder)
     to_dtype = jnp.dtype(dtype or config.param_dtype)
     sources: dict[str, tuple[ParameterPath, int | None]] = {}
     for path in parameters:
@@ -263,20 +277,21 @@ def export_weights(
     def read(name: str) -> np.ndarray:
         path, layer = sources[name]
         value = parameters[path][...]
-        array = np.asarray(value if layer is None else value[layer]).astype(to_dtype, copy=False)
+        array = read_whole(value if layer is None else _take_layer(value, layer)).astype(to_dtype, copy=False)
         if not np.isfinite(array).all():
             raise WeightsError(f"{folder}: weight '{name}' holds NaN or infinity; nothing was written")
         return np.ascontiguousarray(array if layer is None else array.T)
 
-    sizes = {
-        name: parameters[path].size // (1 if layer is None else config.num_layers) * to_dtype.itemsize
-        for name, (path, layer) in sources.items()
-    }
-    shards = _plan_shards(dict(sorted(sizes.items())), max_shard_bytes)
+    shapes = {name: parameters[path].shape if layer is None else parameters[path].shape[:0:-1] for name, (path, layer) in sources.items()}
+    sizes = {name: math.prod(shapes[name]) * to_dtype.itemsize for name in sorted(shapes)}
+    shards = _plan_shards(sizes, max_shard_bytes)
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    with new_folder(folder) as temporary:
+    with _new_export(folder) as temporary:
         for file, shard in track(list(zip(files, shards, strict=True)), description=f"export {folder.name}", unit="file"):
-            _save_tensors({name: read(name) for name in shard}, temporary / file)
+            place = None if temporary is None else temporary / file
+            _write_tensors(place, {name: shapes[name] for name in shard}, to_dtype, map(read, shard))
+        if temporary is None:
+            return
         if len(shards) > 1:
             listed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed}
@@ -288,24 +303,24 @@ def export_weights(
 def export_adapters(model: Decoder, folder: Path, *, base_model: str) -> None:
     """Writes the adapters alone in PEFT's format (adapter_config.json, adapter_model.safetensors), whole or not at all.
 
+    All processes call this, process 0 writes, as in `export_weights`.
+
     Args:
       base_model: folder or hub name of the base weights, for `PeftModel.from_pretrained` to find.
 
     Raises:
       WeightsError: the model carries no adapters, or `folder` is not empty.
+      OSError: the disk is full or not writable.
     """
     parameters = _flat_parameters(model)
-    layers = model.config.num_layers
     adapted = [path[:-1] for path in parameters if path[-1] == "lora_a"]
     if not adapted:
         raise WeightsError(f"{folder}: the model carries no adapters; export_weights writes the weights themselves")
-    _check_new(folder)
     tensors: dict[str, np.ndarray] = {}
     for parent in adapted:
-        names = _name_tensors((*parent, "kernel"), layers)
+        names = _name_tensors((*parent, "kernel"), model.config.num_layers)
         for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-            stacked = np.asarray(parameters[(*parent, ours)][...])
-            for name, value in zip(names, stacked, strict=True):
+            for name, value in zip(names, read_whole(parameters[(*parent, ours)][...]), strict=True):
                 tensors[f"base_model.model.{name.removesuffix('.weight')}.{theirs}.weight"] = np.ascontiguousarray(value.T)
     rank = parameters[(*adapted[0], "lora_a")].shape[-1]
     description = {
@@ -313,14 +328,17 @@ def export_adapters(model: Decoder, folder: Path, *, base_model: str) -> None:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": float(parameters[(*adapted[0], "lora_scale")][...][0]) * rank,
+        "lora_alpha": float(read_whole(parameters[(*adapted[0], "lora_scale")][...])[0]) * rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(parent[-1] for parent in adapted),
         "inference_mode": True,
     }
-    with new_folder(folder) as temporary:
-        _save_tensors(tensors, temporary / "adapter_model.safetensors")
+    with _new_export(folder) as temporary:
+        if temporary is None:
+            return
+        shapes = {name: value.shape for name, value in tensors.items()}
+        write_tensors(temporary / "adapter_model.safetensors", shapes, np.dtype(np.float32), tensors.values())
         (temporary / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 

@@ -104,6 +104,25 @@ def test_accumulate_gives_the_gradient_of_logp_to_hidden_alone(implementation):
     assert not np.any(to_head)
 
 
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_the_gradient_of_a_frozen_head_costs_nothing(chunk):
+    """`recompute` writes the gradient to the head down in any case; a program in which nobody asks for it does not compute it."""
+    inputs = make_inputs()
+
+    def count_flops(*argnums):
+        def loss(hidden, hidden_ref, head, target):
+            out = compute_logprobs(hidden, head, target, hidden_ref=hidden_ref, kl=True, chunk_tokens=chunk)
+            assert out.kl is not None
+            return jnp.sum(out.logp + out.kl)
+
+        cost = jax.jit(jax.grad(loss, argnums)).lower(*inputs).compile().cost_analysis()
+        assert cost is not None
+        return cost["flops"]
+
+    rows = min(N, chunk)  # XLA counts a loop's body once
+    assert count_flops(0, 2) - count_flops(0) == pytest.approx(2 * rows * D * V, rel=0.1)  # chunks are added up, too
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("backward", ["accumulate", "recompute"])
 def test_gradient_near_certainty_does_not_cancel(implementation, backward):

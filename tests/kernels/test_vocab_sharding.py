@@ -49,8 +49,10 @@ def test_sharded_equals_one_device(sizes, backward):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 8, 1)], ids=str)
-def test_nothing_of_vocabulary_size_crosses_devices(sizes):
+@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 8, 1), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("backward", ["accumulate", "recompute"])
+def test_nothing_of_vocabulary_size_crosses_devices(sizes, backward):
+    """The head is frozen: its gradient, as large as its part of the vocabulary, is not summed over rows either."""
     sharding = make_sharding(*sizes)
 
     def place(array, *spec):
@@ -59,8 +61,10 @@ def test_nothing_of_vocabulary_size_crosses_devices(sizes):
     hidden, hidden_ref, head, target = make_inputs()
 
     def loss(hidden, hidden_ref, head, target):
-        out = compute_logprobs(hidden, head, target, hidden_ref=hidden_ref, entropy=True, backward="accumulate", sharding=sharding)
-        return jnp.sum(out.logp)
+        options = {"entropy": True, "kl": True, "backward": backward, "sharding": sharding}
+        out = compute_logprobs(hidden, head, target, hidden_ref=hidden_ref, **options)
+        assert out.kl is not None
+        return jnp.sum(out.logp + out.kl)
 
     rows = ("rows", "both")
     arguments = (place(hidden, rows), place(hidden_ref, rows), place(head, ("both", "parts")), place(target, rows))

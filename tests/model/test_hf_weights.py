@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,9 @@ from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model import hf_tensors, hf_weights
 from mllmrec_jax.model.hf_config import read_model_config
 from mllmrec_jax.model.hf_weights import WeightsError, export_adapters, export_weights, load_weights, weights_hash
+from mllmrec_jax.model.kv_cache import KeyValues
 from mllmrec_jax.model.lora import LoraParam, add_adapters, merge_adapters
-from mllmrec_jax.model.qwen3 import Decoder, KeyValues
+from mllmrec_jax.model.qwen3 import Decoder
 
 BASE = ModelConfig(dtype="float32", param_dtype="float32")
 CLASSES: dict[str, tuple[Any, Any]] = {
@@ -139,14 +143,14 @@ def largest_difference(model: Decoder, reference: Any) -> float:
 
 @nnx.jit
 def prefill(model: Decoder, prompt: jax.Array, length: jax.Array) -> tuple[jax.Array, KeyValues]:
-    hidden, cache = model.prefill(prompt, length)
-    return jnp.argmax(hidden @ model.head_weight.T, axis=-1), cache
+    made = model.prefill(prompt, length)
+    return jnp.argmax(made.hidden @ model.head_weight.T, axis=-1), made.cache
 
 
 @nnx.jit
 def decode(model: Decoder, token: jax.Array, index: jax.Array, length: jax.Array, prompt_cache: KeyValues, cache: KeyValues) -> Any:
-    hidden, cache = model.decode(token, index, length, prompt_cache, cache)
-    return jnp.argmax(hidden @ model.head_weight.T, axis=-1), cache
+    made = model.decode(token, index, length, prompt_cache, cache)
+    return jnp.argmax(made.hidden @ model.head_weight.T, axis=-1), made.cache
 
 
 def generate_greedily(model: Decoder, prompt: jax.Array, length: jax.Array, steps: int, members: int = 2) -> np.ndarray:
@@ -513,19 +517,31 @@ def test_export_refuses_what_it_would_spoil(folder: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_interrupted_export_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_cannot_be_written_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     model = load_weights(folder, BASE)
-    calls = []
-
-    def write_and_fail(tensors: dict[str, np.ndarray], file: Path, **options: Any) -> None:
-        if calls:
-            raise hf_weights.SafetensorError("No space left on device")
-        calls.append(save_file(tensors, file, **options))
-
-    monkeypatch.setattr(hf_weights, "save_file", write_and_fail)
-    with pytest.raises(OSError, match="No space left on device"):
-        export_weights(model, tmp_path / "ours", max_shard_bytes=20_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes of a file: the second write past it fails
+    try:
+        with pytest.raises(OSError, match=r"File too large.*ours"):
+            export_weights(model, tmp_path / "ours")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_export_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, num_layers=8, hidden_size=128, intermediate_size=512)
+    model = Decoder(config, vocab_size=600, rngs=nnx.Rngs(0))
+    export_weights(model, tmp_path / "first")  # compiles
+    tracemalloc.start()
+    try:
+        export_weights(model, tmp_path / "second")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    largest, size = 600 * 128 * 4, (tmp_path / "second" / "model.safetensors").stat().st_size
+    assert peak < 2.5 * largest < size / 5
+    assert (tmp_path / "second" / "model.safetensors").read_bytes() == (tmp_path / "first" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers so

@@ -115,7 +115,7 @@ def test_model_without_memory() -> None:
         # A step lowers on it as on arrays: arguments take what the shards take.
         graphdef, state = nnx.split(model)
         tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
-        program = jax.jit(lambda state, prompt, length: nnx.merge(graphdef, state).prefill(prompt, length)[0])
+        program = jax.jit(lambda state, prompt, length: nnx.merge(graphdef, state).prefill(prompt, length).hidden)
         memory = program.lower(state, tokens, jax.ShapeDtypeStruct((8,), jnp.int32)).compile().memory_analysis()
         assert memory is not None
         assert abs(memory.argument_size_in_bytes - held) < 2048
@@ -272,9 +272,9 @@ def test_item_rows_and_adapters_on_shards(sizes: tuple[int, int, int], tmp_path:
         assert value[...].sharding.is_equivalent_to(find_shardings(value, make_mesh(MeshConfig(*sizes))), value.ndim), name
 
 
-# One of several processes, each with two devices: loads, and says what it read, held and took.
+# One of several processes, each with two devices: loads, exports, and says what it read, held and took.
 PROGRAM = """
-    import json, sys, threading, time
+    import contextlib, json, sys, threading, time
     from pathlib import Path
     import jax
     from flax import nnx
@@ -286,7 +286,7 @@ PROGRAM = """
     from mllmrec_jax.model.vocabulary import set_item_rows
     from mllmrec_jax.sharding import make_mesh, place, use_mesh
 
-    small, large, coordinator, count, index = sys.argv[1:]
+    small, large, exported, coordinator, count, index = sys.argv[1:]
     start_distributed(DistributedConfig("explicit", coordinator, int(count), int(index)))
     read_part, read = StoredTensor.read, 0
 
@@ -300,6 +300,23 @@ PROGRAM = """
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
+    @contextlib.contextmanager
+    def watching(taken):  # appends the most memory that the block took
+        peak, before, done = 0, anonymous(), False
+
+        def watch():
+            nonlocal peak
+            while not done:
+                peak = max(peak, anonymous())
+                time.sleep(0.0005)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        yield
+        done = True
+        thread.join()
+        taken.append(peak - before)
+
     StoredTensor.read = counting
     config = ModelConfig(dtype="float32", param_dtype="float32")
     with use_mesh(make_mesh(MeshConfig(1, int(count), 2))):
@@ -310,21 +327,14 @@ PROGRAM = """
         merge_adapters(model)  # B is 0: changes nothing
         small_hash = hf_weights.weights_hash(model)
         del model
-        read, peak, before, done = 0, 0, anonymous(), False
-
-        def watch():
-            global peak
-            while not done:
-                peak = max(peak, anonymous())
-                time.sleep(0.0005)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        model = jax.block_until_ready(nnx.state(hf_weights.load_weights(Path(large), config)))
-        done = True
-        thread.join()
-        held = sum(shard.data.nbytes for leaf in jax.tree.leaves(model) for shard in leaf.addressable_shards)
-        own = {"read": read, "held": held, "peak": peak - before}
+        read, taken = 0, []
+        with watching(taken):
+            model = hf_weights.load_weights(Path(large), config)
+            state = jax.block_until_ready(nnx.state(model))
+        held = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+        with watching(taken):
+            hf_weights.export_weights(model, Path(exported))
+        own = {"read": read, "held": held, "peaks": taken}
         large_hash = hf_weights.weights_hash(model)
     print(json.dumps({**own, "small": small_hash, "large": large_hash}))
     stop_distributed()
@@ -333,7 +343,7 @@ PROGRAM = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's accounting of memory")
-def test_two_processes_read_and_hold_their_half(tmp_path: Path) -> None:
+def test_two_processes_read_hold_and_export_their_half(tmp_path: Path) -> None:
     write_folder(tmp_path / "small")
     config = dataclasses.replace(MODEL, num_layers=12, hidden_size=768, intermediate_size=2560, num_heads=8, head_dim=64)
     shapes = {name: (shape, shape.shape) for name, shape in flat(abstract_model(config, vocab_size=12288)).items()}
@@ -346,7 +356,6 @@ def test_two_processes_read_and_hold_their_half(tmp_path: Path) -> None:
     assert size > 380e6
     (tmp_path / "large").mkdir()
     save_file(tensors, tmp_path / "large" / "model.safetensors")
-    del tensors
     described = describe_model(config, vocab_size=12288, dtype="float32", stop_ids=())
     (tmp_path / "large" / "config.json").write_text(json.dumps(described))
 
@@ -356,7 +365,7 @@ def test_two_processes_read_and_hold_their_half(tmp_path: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }  # fmt: skip
-    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), tmp_path / "small", tmp_path / "large", address, "2"]
+    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), tmp_path / "small", tmp_path / "large", tmp_path / "exported", address, "2"]
     started = [
         subprocess.Popen([*words, str(index)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for index in range(2)
@@ -373,4 +382,11 @@ def test_two_processes_read_and_hold_their_half(tmp_path: Path) -> None:
         norms = 12 * 2 * (2 * 768 + 2 * 64) * 4  # whole on each device, and read once
         assert size / 2 <= said["read"] < size / 2 + norms
         assert size / 2 <= said["held"] < size / 2 + 2 * norms
-        assert said["peak"] < said["held"] + 16e6  # blocks of 4 MiB, and as many copies as a read makes
+        load_peak, export_peak = said["peaks"]
+        assert load_peak < said["held"] + 16e6  # blocks of 4 MiB, and as many copies as a read makes
+        largest = 12288 * 768 * 4
+        assert export_peak < 5 * largest + 16e6  # one, on both devices, as parts and whole, and on its way to the file
+    written = load_file(tmp_path / "exported" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name], tensor)

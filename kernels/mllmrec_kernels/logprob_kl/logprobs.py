@@ -134,7 +134,7 @@ def _forward_part(rows: RowInputs, heads: Heads, options: Options, *, direction:
 
 
 def _backward_part(rows: RowInputs, heads: Heads, out: Rows, grads: Rows, options: Options) -> tuple[jax.Array, jax.Array]:
-    """(d hidden, d head): logits are computed again, chunk by chunk."""
+    """(d hidden, d head): logits are computed again, chunk by chunk. The compiler leaves d head out where nobody asks for it."""
     part, sharding = _implementation(options), options.sharding
     head, head_ref = heads.policy, heads.policy if heads.reference is None else heads.reference
     first = first_token(sharding, head.shape[0])
