@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,11 @@ from mllmrec_jax.preprocess_config import STAGES
 from mllmrec_jax.resources import find_config
 
 INTERRUPTED = 130
+SLOWER = 1
+
+# Named here: their modules import JAX, which waits until the arguments are known to be right.
+BENCHMARKS = ("kernels", "rollout", "update", "step", "sft", "loader", "preprocess", "rank", "scaling", "roofline")
+SCALED = ("group_size", "prompt_tokens", "new_tokens", "batch_size", "layers", "vocabulary")
 
 _RESUME = ("--resume", {"action": "store_true", "help": "go on with the run folder"})
 _OVERWRITE = ("--overwrite", {"action": "store_true", "help": "delete the run folder and start over"})
@@ -34,9 +38,12 @@ def _prepare(config: RunConfig, options: argparse.Namespace) -> None:
 
 def _preprocess(config: RunConfig, options: argparse.Namespace) -> None:
     from mllmrec_jax.preprocess.run import run_preprocess
+    from mllmrec_jax.preprocess.runner import open_runner
     from mllmrec_jax.preprocess.summary import list_summary
 
-    print("\n".join(list_summary(run_preprocess(config, until=options.stage))))
+    with open_runner(options.runner, config.preprocess, options.address) as runner:
+        report = run_preprocess(config, until=options.stage, runner=runner)
+    print("\n".join(list_summary(report)))
 
 
 def _sft(config: RunConfig, options: argparse.Namespace) -> None:
@@ -70,18 +77,28 @@ def _export(config: RunConfig, options: argparse.Namespace) -> None:
 
     folder = options.folder or config.output / config.name / f"{options.stage}-huggingface"
     export_stage(open_run(config, training=False), options.stage, folder)
-    print(f"wrote {folder}")
+    if is_main_process():
+        print(f"wrote {folder}")
 
 
 def _bench(config: RunConfig, options: argparse.Namespace) -> None:
-    from mllmrec_jax.bench import bench_step
+    from mllmrec_jax.bench.run import run_benchmark
 
-    result = bench_step(config, repeats=options.repeats)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n", encoding="utf-8")
+    own = {name: getattr(options, name) for name in ("repeats", "compare", "threshold", "over", "values", "plot")}
+    if not run_benchmark(options.what, config, json_path=options.json, **own):
+        sys.exit(SLOWER)
+
+
+def _list_sizes(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _profile(config: RunConfig, options: argparse.Namespace) -> None:
+    from mllmrec_jax.profiler.run import run_profile
+
+    folder = run_profile(config, stage=options.stage, source=options.work, first=options.first, count=options.steps)
+    print((folder / "breakdown.txt").read_text(encoding="utf-8"))
+    print(f"profile: {folder / 'breakdown.html'}; open {folder / 'trace' / 'phases.json.gz'} in ui.perfetto.dev")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +116,11 @@ COMMANDS = {
     "preprocess": _Command(
         _preprocess,
         "pictures and histories to captions, traces, scores and shards",
-        (("--stage", {"choices": list(STAGES), "default": "emit", "help": "last stage to run; not given: all"}),),
+        (
+            ("--stage", {"choices": list(STAGES), "default": STAGES[-1], "help": "last stage to run; not given: all"}),
+            ("--runner", {"choices": ["local", "ray"], "default": "local", "help": "ray: work on a Ray cluster (extra `ray`)"}),
+            ("--address", {"help": "of the cluster, host:port, auto or local; not given: as Ray finds it"}),
+        ),
     ),
     "sft": _Command(_sft, "supervised fine-tuning", (_RESUME, _OVERWRITE), distributed=True),
     "grpo": _Command(_grpo, "GRPO on the SFT result of the same run folder", (_RESUME,), distributed=True),
@@ -112,13 +133,29 @@ COMMANDS = {
             ("--stage", {"choices": ["sft", "grpo"], "default": "grpo", "help": "whose weights"}),
             ("--folder", {"type": Path, "help": "where to; not given: in the run folder"}),
         ),
+        distributed=True,
     ),
     "bench": _Command(
         _bench,
-        "measure one GRPO step on random weights: `mllmrec bench step --config FILE`",
+        "measure one part on random weights: `mllmrec bench PART --config FILE`; PART: " + ", ".join(BENCHMARKS),
         (
             ("--json", {"type": Path, "help": "file for the result"}),
-            ("--repeats", {"type": int, "default": 20, "help": "steps timed"}),
+            ("--repeats", {"type": int, "help": "repeats timed; not given: as the part has it"}),
+            ("--compare", {"type": Path, "help": "an earlier --json file: print ratios, exit with 1 where a row is slower"}),
+            ("--threshold", {"type": float, "default": 0.1, "help": "slowdown that counts (0.1: a tenth)"}),
+            ("--over", {"choices": SCALED, "help": f"size that `scaling` varies: {', '.join(SCALED)}"}),
+            ("--values", {"type": _list_sizes, "default": [], "help": "its values, as 2,4,8; not given: around the configuration's"}),
+            ("--plot", {"type": Path, "help": "SVG file for the picture of `scaling` or `roofline`"}),
+        ),
+    ),
+    "profile": _Command(
+        _profile,
+        "where the time and memory of training steps go: trace, breakdown, compiled programs",
+        (
+            ("--stage", {"choices": ["sft", "grpo"], "default": "grpo", "help": "whose steps"}),
+            ("--work", {"choices": ["random", "prepared"], "default": "random", "help": "random prompts of full length or the run's data"}),
+            ("--first", {"type": int, "default": 6, "help": "first step that counts"}),
+            ("--steps", {"type": int, "default": 3, "help": "steps that count"}),
         ),
     ),
 }
@@ -136,6 +173,7 @@ def _announce(report: dict, folder: Path) -> None:
 def _parse(argv: Sequence[str]) -> tuple[_Command, argparse.Namespace, RunConfig]:
     epilog = "commands:\n" + "\n".join(f"  {name:<10} {command.description}" for name, command in COMMANDS.items())
     epilog += "\n  launch     start a run's processes on this machine, or by SLURM, Kubernetes, TPU VMs, MPI"
+    epilog += "\n  plan       which mesh and micro-batch fit a number of devices, and how long a step should take"
     epilog += "\n\n`mllmrec COMMAND CONFIG --help` lists every option with its type, default and unit."
     parser = argparse.ArgumentParser(
         prog="mllmrec",
@@ -150,7 +188,7 @@ def _parse(argv: Sequence[str]) -> tuple[_Command, argparse.Namespace, RunConfig
     name, command = argv[0], COMMANDS[argv[0]]
     own = argparse.ArgumentParser(prog=f"mllmrec {name}", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     if name == "bench":
-        own.add_argument("what", choices=["step"])
+        own.add_argument("what", choices=list(BENCHMARKS))
         own.add_argument("--config", default="bench/peer_tiny", dest="config")
     else:
         own.add_argument("config", nargs="?", default=None)
@@ -176,6 +214,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from mllmrec_launch.command import launch
 
             sys.exit(launch(words[1:]))
+        if words[:1] == ["plan"]:
+            from mllmrec_jax.plan.command import plan
+
+            sys.exit(plan(words[1:]))
         command, options, config = _parse(words)
         # Compiled programs are kept beside the prepared data: the second run of a configuration starts at once.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((config.cache / "xla").absolute()))
@@ -189,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
         abort_distributed("interrupted", INTERRUPTED)
-        print("interrupted; go on with --resume", file=sys.stderr)
+        resumes = any(_RESUME in COMMANDS[word].options for word in words[:1] if word in COMMANDS)
+        print(f"interrupted; {'go on with --resume' if resumes else 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, RuntimeError, OSError) as error:
         if not isinstance(error, OSError) and not type(error).__module__.startswith("mllmrec_"):

@@ -169,6 +169,8 @@ class ModelConfig:
     """Storage dtype of frozen base weights (weights that are trained are float32)."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    cache_dtype: Literal["compute", "bfloat16", "int8"] = "compute"
+    """How keys and values are kept while completions are generated: as computed, rounded, or in 8 bits with a scale a head and token."""
 
 
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -257,6 +259,9 @@ class GrpoConfig:
     """Micro-batches an optimizer step; one rollout makes batch_size * accumulation groups."""
     updates_per_rollout: PositiveInt = 1
     """Optimizer steps on one rollout."""
+    reuse_rollout: bool = True
+    """The first update on a rollout takes the policy's forward pass from it, at the price of keeping each layer's input of all its
+    tokens (layers x hidden_size values a token) until then; off, it is computed again."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Completions a prompt, G."""
     max_new_tokens: PositiveInt = 128
@@ -379,13 +384,14 @@ class RunConfig:
 
 def _known_keys(cls: Any, location: tuple[str | int, ...]) -> list[str]:
     for part in location:
+        if isinstance(part, int):  # a place in a list of sections
+            continue
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if part not in fields:
             return []
-        default = fields[str(part)].default_factory
-        if default is dataclasses.MISSING:
-            return []
-        cls = type(default())
+        field = fields[part]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        cls = type(default[0] if isinstance(default, tuple) and default else default)
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 

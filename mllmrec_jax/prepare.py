@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -71,11 +71,20 @@ def _freeze_candidates(windows: Sequence[Window], dataset: Dataset, config: RunC
 
 
 def _make_shards(
-    windows: Sequence[Window], candidates: CandidateSet, dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, *, part: Part
+    windows: Sequence[Window],
+    candidates: CandidateSet,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    *,
+    part: Part,
+    traces: Mapping[int, str | None] | None = None,
 ) -> Shards:
-    """Opens the shards of these windows, writing them first where they are not there; a leak audit reads what was written."""
-    shows_traces = config.prompt.reasoning and part == "train"
-    reasoning = {h.user: h.reasoning for h in dataset.histories if h.reasoning} if shows_traces else None
+    """Opens the shards of these windows, writing them first where they are not there; a leak audit reads what was written.
+
+    `traces` (user to trace) are shown where `config.prompt.reasoning` asks for them.
+    """
+    reasoning = {user: trace for user, trace in (traces or {}).items() if trace} if config.prompt.reasoning else None
     provenance = describe_provenance(windows, candidates, dataset, tokenizer, config.prompt, part=part, reasoning=reasoning)
     folder = config.cache / "shards" / f"{part}-{fingerprint(provenance)}"
     if not folder.is_dir():
@@ -123,10 +132,12 @@ def prepare_data(config: RunConfig) -> Prepared:
         )
         sft_windows += windows
         sft_candidates.append(_freeze_candidates(windows, dataset, config, sampling=data.negative_sampling, resample=resample))
-    sft = _make_shards(sft_windows, _join(sft_candidates), dataset, tokenizer, config, part="train")
+    traces = {history.user: history.sft_reasoning for history in dataset.histories}
+    sft = _make_shards(sft_windows, _join(sft_candidates), dataset, tokenizer, config, part="train", traces=traces)
     grpo_windows = cut_windows(grpo_users, kind=data.grpo_windows, history_len=data.history_len, seed=[data.split_seed])
     grpo_candidates = _freeze_candidates(grpo_windows, dataset, config, sampling=data.negative_sampling)
-    grpo = _make_shards(grpo_windows, grpo_candidates, dataset, tokenizer, config, part="train")
+    traces = {history.user: history.grpo_reasoning for history in dataset.histories}
+    grpo = _make_shards(grpo_windows, grpo_candidates, dataset, tokenizer, config, part="train", traces=traces)
     test = _prepare_test(dataset, splits, tokenizer, config, sampling=data.negative_sampling)
     test_popularity = _prepare_test(dataset, splits, tokenizer, config, sampling="popularity")
 

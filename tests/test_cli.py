@@ -17,7 +17,7 @@ TAKEN = {
     "evaluate": set(),
     "run": {"--resume", "--overwrite"},
     "export": {"--stage", "--folder"},
-    "bench": {"--json", "--repeats"},
+    "bench": {"--json", "--repeats", "--compare", "--threshold", "--over", "--values", "--plot"},
 }
 
 
@@ -46,3 +46,17 @@ def test_help_names_the_options_of_the_command(capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "Also: --resume go on with the run folder." in said
     assert "--overwrite" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"), [("preprocess", "run the same command again"), ("prepare", "run the same command again"), ("run", "--resume")]
+)
+def test_ctrl_c_says_how_to_go_on(command: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, command, dataclasses.replace(cli.COMMANDS[command], call=interrupt, distributed=False))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "quickstart"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == cli.INTERRUPTED and advice in said and ("--resume" in said) == (command == "run")

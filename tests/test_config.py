@@ -72,6 +72,10 @@ def test_whole_number_is_taken_for_a_float(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("sed = 1", ["unknown key 'sed'", "nearest known key: 'seed'"]),
+        (
+            '[[preprocess.quality.raters]]\nmodell = "x"',
+            ["unknown key 'preprocess.quality.raters.0.modell'", "nearest known key: 'preprocess.quality.raters.0.model'"],
+        ),
         ("[data]\nhistory_length = 8", ["unknown key 'data.history_length'", "nearest known key: 'data.history_len'"]),
         ("[sft.optimizer]\nlearning_rat = 1.0", ["unknown key 'sft.optimizer.learning_rat'", "'sft.optimizer.learning_rate'"]),
         ("[grpo.reward]\nqqqqqqqq = 1", ["unknown key 'grpo.reward.qqqqqqqq'", "known here: preset, require_membership, require_title"]),

@@ -27,7 +27,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, cache: Path) -> Path:
     `</think>`. Texts that repeat weigh more.
 
     Args:
-      texts: what to train on.
+      texts: what to train on; gone through twice.
       vocab_size: number of tokens wanted, markup and bytes included; fewer come out where the texts have no more pairs to merge.
       cache: folder that holds trained tokenizers; the new one is `bpe-<hash of texts, size and template>`, whole or not there.
 
@@ -35,7 +35,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, cache: Path) -> Path:
       A Hugging Face tokenizer folder (`tokenizer.json`, `tokenizer_config.json`).
 
     Raises:
-      ValueError: `vocab_size` is smaller than bytes and markup together.
+      ValueError: `vocab_size` is smaller than bytes and markup together, or `texts` can be gone through only once.
       OSError: the folder cannot be written; nothing is left behind.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,9 +45,12 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, cache: Path) -> Path:
         raise ValueError(
             f"tokenizer.vocab_size: expected at least {least} ({_BYTES} bytes, {len(_MARKUP)} special tokens), got {vocab_size}"
         )
-    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-    digest = hashlib.sha256(json.dumps([vocab_size, _CHAT_TEMPLATE, _MARKUP, texts]).encode()).hexdigest()[:16]
-    folder = cache / f"bpe-{digest}"
+    if iter(texts) is texts:
+        raise ValueError("texts: expected what can be gone through twice, got an iterator")
+    digest = hashlib.sha256(json.dumps([vocab_size, _CHAT_TEMPLATE, _MARKUP]).encode())
+    for text in texts:
+        digest.update(json.dumps(text).encode())
+    folder = cache / f"bpe-{digest.hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     tokenizer = Tokenizer(models.BPE())
@@ -60,7 +63,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, cache: Path) -> Path:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((text.encode("utf-8", "replace").decode("utf-8") for text in texts), trainer)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": TURN_END,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,16 +111,29 @@ def _describe(item: Item, fields: Sequence[ItemField], config: PromptConfig) -> 
     return describe_item(item.id, title=item.title, genres=item.genres, caption=item.caption, fields=fields, config=config)
 
 
-def list_training_texts(dataset: Dataset, config: PromptConfig, *, item_tokens: bool) -> Iterator[str]:
+@dataclass(frozen=True)
+class _TrainingTexts:
+    """Written anew each time they are gone through: those of a large catalogue are not held in memory."""
+
+    dataset: Dataset
+    config: PromptConfig
+    item_tokens: bool
+
+    def __iter__(self) -> Iterator[str]:
+        config = self.config
+        wording = [*list_wording(config), "user\n", "assistant\n"]
+        titled = config.answer_title or "title" in (*config.history_fields, *config.candidate_fields)
+        for item in self.dataset.items.values():
+            yield from wording
+            if not self.item_tokens:
+                yield write_item_id(item.id)
+            text = _describe(item, (*config.history_fields, *config.candidate_fields, *(("title",) if titled else ())), config)
+            yield from (f" {part}\n" for part in (text.title, text.detail) if part)
+
+
+def list_training_texts(dataset: Dataset, config: PromptConfig, *, item_tokens: bool) -> Iterable[str]:
     """What a tokenizer should be trained on: each item as prompts and answers write it, and, as often, the prompts' own wording."""
-    wording = [*list_wording(config), "user\n", "assistant\n"]
-    titled = config.answer_title or "title" in (*config.history_fields, *config.candidate_fields)
-    for item in dataset.items.values():
-        yield from wording
-        if not item_tokens:
-            yield write_item_id(item.id)
-        text = _describe(item, (*config.history_fields, *config.candidate_fields, *(("title",) if titled else ())), config)
-        yield from (f" {part}\n" for part in (text.title, text.detail) if part)
+    return _TrainingTexts(dataset, config, item_tokens)
 
 
 def _pad_rows(flat: array, lengths: np.ndarray, pad_id: int) -> np.ndarray:

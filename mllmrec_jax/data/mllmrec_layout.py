@@ -5,7 +5,8 @@
     <name>_pairs.tsv      the same rows for a data set that is not split (read where there is no train.tsv)
     images/<id>.jpg       pictures, optional
     <name>_captions.json  optional: {id: {"caption": text}} or {id: text}; also looked for beside the folder
-    <name>_*cot.json      optional reasoning traces: a list of {"user_id": user, "reasoning": text}
+    <name>_*cot.json      optional reasoning traces: a list of {"user_id": user, "reasoning": text}; ours may say which training shows a
+                          trace, {..., "stages": ["sft"]}, ["grpo"] or ["sft", "grpo"] (where it does not: both)
     <name>_genres.json    optional, ours: {id: [genre, ...]}
 
 Traces are joined by user. The published code joins them by `line_idx`, which counts the lines of train.tsv when traces are written but
@@ -19,6 +20,7 @@ import csv
 import io
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from mllmrec_jax.data.records import (
 )
 
 _PARTS: tuple[Part, ...] = ("train", "valid", "test")
+_STAGES = ("sft", "grpo")
 
 
 def _find_one(folder: Path, pattern: str, what: str) -> Path:
@@ -127,12 +130,12 @@ def _read_genres(path: Path) -> dict[int, tuple[str, ...]]:
     return {int(key): tuple(str(name) for name in names) for key, names in raw.items()}
 
 
-def _read_reasoning(path: Path, users: set[int]) -> dict[int, str]:
-    """Traces by user, of users we have; a user with two traces is an error."""
+def _read_reasoning(path: Path, users: set[int]) -> dict[str, dict[int, str]]:
+    """Traces by stage and user, of users we have; a user with two traces for one stage is an error."""
     raw = _read_json(path)
     if not isinstance(raw, list):
         raise DataError(f"{path}: expected a list of traces, got {type(raw).__name__}")
-    traces: dict[int, str] = {}
+    traces: dict[str, dict[int, str]] = {stage: {} for stage in _STAGES}
     for index, row in enumerate(raw):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {index}: expected an object, got {show_value(row)}")
@@ -147,10 +150,14 @@ def _read_reasoning(path: Path, users: set[int]) -> dict[int, str]:
         user, text = parse_id(str(key)), row.get("reasoning")
         if user is None or not isinstance(text, str):
             raise DataError(f"{path}: row {index}: expected a whole-number user_id and a reasoning text, got {show_value(row)}")
-        if user in traces:
-            raise DataError(f"{path}: row {index}: expected one trace a user, got user {user} again")
-        if user in users:
-            traces[user] = text
+        stages = row.get("stages", list(_STAGES))
+        if not isinstance(stages, list) or not stages or not all(stage in _STAGES for stage in stages):
+            raise DataError(f"{path}: row {index}: expected stages that are a list of {' and '.join(_STAGES)}, got {show_value(stages)}")
+        for stage in stages:
+            if user in traces[stage]:
+                raise DataError(f"{path}: row {index}: expected one trace a user and stage, got user {user} again for {stage}")
+            if user in users:
+                traces[stage][user] = text
     return traces
 
 
@@ -194,7 +201,7 @@ def read_mllmrec(config: DataConfig) -> Dataset:
     cot_files = sorted(path for path in root.glob(f"{name}_*cot.json") if "pseudo" not in path.name)
     if len(cot_files) > 1:
         raise DataError(f"{root}: expected at most one file of traces ({name}_*cot.json), got {', '.join(path.name for path in cot_files)}")
-    traces = _read_reasoning(cot_files[0], set(taken)) if cot_files else {}
+    sft, grpo = _read_reasoning(cot_files[0], set(taken)).values() if cot_files else ({}, {})
     pictures = config.images or root / "images"
     if config.images is not None and not pictures.is_dir():
         raise DataError(f"{pictures}: expected a folder with <item id>.jpg pictures (data.images), found none")
@@ -203,16 +210,27 @@ def read_mllmrec(config: DataConfig) -> Dataset:
         picture = pictures / f"{item.id}.jpg"
         image = picture if picture.is_file() else None
         catalogue.append(Item(item.id, item.title, genres.get(item.id, ()), captions.get(item.id, ""), image))
-    users = [History(h.user, h.items, reasoning=traces.get(h.user), part=h.part) for h in histories]
+    users = [History(h.user, h.items, sft_reasoning=sft.get(h.user), grpo_reasoning=grpo.get(h.user), part=h.part) for h in histories]
     origin = {
         "reader": "mllmrec",
         "catalogue": titles_path.name,
         "interactions": ", ".join(path.name for path, _ in sources),
         "catalogue_items": str(len(items)),
         "captions": f"{captions_path.name} ({len(captions)})" if captions_path else "",
-        "reasoning": f"{cot_files[0].name} ({len(traces)})" if cot_files else "",
+        "reasoning": f"{cot_files[0].name} ({len(sft.keys() | grpo.keys())})" if cot_files else "",
     }
     return make_dataset(name, catalogue, users, bad_rows=bad.count, origin=origin)
+
+
+def _list_traces(history: History) -> Iterator[dict[str, Any]]:
+    """Rows of the file of traces: one where both stages show the same text."""
+    if history.sft_reasoning == history.grpo_reasoning:
+        if history.sft_reasoning is not None:
+            yield {"user_id": history.user, "reasoning": history.sft_reasoning}
+        return
+    for stage, text in zip(_STAGES, (history.sft_reasoning, history.grpo_reasoning), strict=True):
+        if text is not None:
+            yield {"user_id": history.user, "reasoning": text, "stages": [stage]}
 
 
 def write_mllmrec(dataset: Dataset, folder: Path) -> None:
@@ -235,6 +253,18 @@ def write_mllmrec(dataset: Dataset, folder: Path) -> None:
         if value:
             (scratch / f"{dataset.name}_{name}.json").write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
 
+    def write_object(name: str, entries: Iterable[tuple[int, Any]]) -> None:
+        """As `write_json`, entry by entry: all captions of a large catalogue are not put together in memory."""
+        with (scratch / f"{dataset.name}_{name}.json").open("w", encoding="utf-8") as file:
+            mark = "{"
+            for key, value in entries:
+                text = json.dumps(value, ensure_ascii=False, indent=1).replace("\n", "\n ")
+                file.write(f'{mark}\n "{key}": {text}')
+                mark = ","
+            file.write("\n}")
+        if mark == "{":
+            Path(file.name).unlink()
+
     with new_folder(folder) as scratch:
         with (scratch / f"{dataset.name}_titles.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
@@ -243,9 +273,9 @@ def write_mllmrec(dataset: Dataset, folder: Path) -> None:
         for part in parts:
             rows = [f"{h.user}\t{' '.join(map(str, h.items))}\n" for h in dataset.histories if h.part == part]
             (scratch / (f"{part}.tsv" if part else f"{dataset.name}_pairs.tsv")).write_text("".join(rows), encoding="utf-8", newline="\n")
-        write_json("captions", {str(item.id): {"caption": item.caption} for item in dataset.items.values() if item.caption})
-        write_json("genres", {str(item.id): list(item.genres) for item in dataset.items.values() if item.genres})
-        write_json("cot", [{"user_id": h.user, "reasoning": h.reasoning} for h in dataset.histories if h.reasoning is not None])
+        write_object("captions", ((item.id, {"caption": item.caption}) for item in dataset.items.values() if item.caption))
+        write_object("genres", ((item.id, list(item.genres)) for item in dataset.items.values() if item.genres))
+        write_json("cot", [row for history in dataset.histories for row in _list_traces(history)])
         pictured = [item for item in dataset.items.values() if item.image is not None]
         if pictured:
             (scratch / "images").mkdir()

@@ -34,13 +34,15 @@ class History:
     """One user's interactions, oldest first, no item twice.
 
     `times` (seconds, non-decreasing) is as long as `items`, or None where the files have an order but no times. `part` is the split
-    the files themselves put the user in, or None. `reasoning` is a trace that belongs to this user (training prompts only).
+    the files themselves put the user in, or None. `sft_reasoning` and `grpo_reasoning` are the traces that this user's training prompts
+    show, in SFT and in GRPO.
     """
 
     user: int
     items: tuple[int, ...]
     times: tuple[int, ...] | None = None
-    reasoning: str | None = None
+    sft_reasoning: str | None = None
+    grpo_reasoning: str | None = None
     part: Part | None = None
 
 
@@ -141,7 +143,10 @@ def _hash_content(items: Iterable[Item], histories: Iterable[History]) -> str:
     for item in items:
         digest.update(json.dumps([item.id, item.title, item.genres, item.caption]).encode() + b"\n")
     for history in histories:
-        digest.update(json.dumps([history.user, history.items, history.times, history.reasoning, history.part]).encode() + b"\n")
+        content = [history.user, history.items, history.times, history.sft_reasoning, history.part]
+        if history.grpo_reasoning != history.sft_reasoning:
+            content.append(history.grpo_reasoning)
+        digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()
 
 

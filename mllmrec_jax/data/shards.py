@@ -13,9 +13,10 @@ import numpy as np
 from mllmrec_jax.config import fingerprint
 from mllmrec_jax.data.atomic import new_folder
 from mllmrec_jax.data.examples import TokenisedExamples
+from mllmrec_jax.data.manifests import MANIFEST, describe_files, hash_file, list_files
+from mllmrec_jax.data.zarr import make_zarr_spec
 
 FORMAT, VERSION = "mllmrec-shards", 1
-MANIFEST = "manifest.json"
 ROWS_PER_CHUNK = 1024
 CHUNKS_PER_SHARD = 64
 
@@ -37,43 +38,9 @@ class ShardError(ValueError):
     """Shards that cannot be written or must not be read; the message names the file, what was expected and what was found."""
 
 
-def _make_spec(path: Path, array: np.ndarray, rows_per_chunk: int, chunks_per_shard: int) -> dict[str, Any]:
-    rest = list(array.shape[1:])
-    little, checksum = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
-    sharding = {
-        "chunk_shape": [rows_per_chunk, *rest],
-        "codecs": [little, {"name": "zstd", "configuration": {"level": 3}}, checksum],
-        "index_codecs": [little, checksum],
-        "index_location": "end",
-    }
-    grid = {"name": "regular", "configuration": {"chunk_shape": [rows_per_chunk * chunks_per_shard, *rest]}}
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "create": True,
-        # Otherwise chunks of zeros are left out, and a missing shard of them reads as zeros without a word.
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": list(array.shape),
-            "data_type": array.dtype.name,
-            "chunk_grid": grid,
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
-    }
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hash_manifest(manifest: Mapping[str, Any]) -> str:
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _list_files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
 def write_shards(
@@ -112,15 +79,12 @@ def write_shards(
                 if array.dtype != dtype:
                     raise ShardError(f"{name}: expected an array of {dtype}, got {array.dtype}")
                 shard_rows = rows_per_chunk * chunks_per_shard
-                store = tensorstore.open(_make_spec(unfinished / name, array, rows_per_chunk, chunks_per_shard)).result()
+                sizes = {"rows_per_chunk": rows_per_chunk, "chunks_per_shard": chunks_per_shard}
+                store = tensorstore.open(make_zarr_spec(unfinished / name, shape=array.shape, dtype=dtype, **sizes)).result()
                 for start in range(0, len(array), shard_rows):  # one file at a time: bounds the memory
                     part = array[start : start + shard_rows]
                     store[start : start + len(part)].write(part).result()
                 arrays[name] = {"shape": list(array.shape), "dtype": dtype}
-            files = {
-                file: {"bytes": (unfinished / file).stat().st_size, "sha256": _hash_file(unfinished / file)}
-                for file in _list_files(unfinished)
-            }
             manifest: dict[str, Any] = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -132,7 +96,7 @@ def write_shards(
                 "arrays": arrays,
                 "provenance": json.loads(json.dumps(provenance)),
                 "fingerprint": fingerprint(dict(provenance)),
-                "files": files,
+                "files": describe_files(unfinished),
             }
             manifest["checksum"] = _hash_manifest(manifest)
             (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -176,9 +140,9 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, conten
         size = path.stat().st_size
         if size != wanted["bytes"]:
             raise ShardError(f"{path}: expected {wanted['bytes']} bytes, got {size}: cut short or of other data; write the shards again")
-        if contents and _hash_file(path) != wanted["sha256"]:
+        if contents and hash_file(path) != wanted["sha256"]:
             raise ShardError(f"{path}: its content does not match the manifest's sha256: damaged; write the shards again")
-    unknown = set(_list_files(folder)) - set(files)
+    unknown = set(list_files(folder)) - set(files)
     if unknown:
         raise ShardError(f"{folder / min(unknown)}: expected only files that the manifest lists; write the shards again")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import json
 import math
 from collections import Counter
@@ -11,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from mllmrec_jax.evaluate.charts import Interval, Series, draw_difference, draw_intervals, draw_lines, format_number
-from mllmrec_jax.evaluate.posters import Posters
 from mllmrec_jax.evaluate.rows import describe_row, order_rows
+from mllmrec_jax.pages.charts import Interval, Series, draw_difference, draw_intervals, draw_lines, format_number
+from mllmrec_jax.pages.posters import Posters
+from mllmrec_jax.pages.render import render_template
 from mllmrec_jax.prompts import parse_answer
 
 SHOWN_CANDIDATES = 10
@@ -330,23 +328,20 @@ def render_page(report: Mapping[str, Any], *, folder: Path) -> str:
       report: the content of `report.json`.
       folder: where relative picture paths start.
 
-    All text from data and models passes through the template's escaping; the page's own policy forbids scripts and any request.
+    All text from data and models passes through the template's escaping (`pages.render`).
     """
-    import jinja2  # here: the command line starts without it
+    from PIL import Image  # here: only reports need it
 
-    sources = importlib.resources.files("mllmrec_jax.evaluate")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((sources / "report.html.jinja").read_text(encoding="utf-8"))
-    posters = Posters(folder)
+    posters = Posters(lambda name: Image.open(folder / name))
     examples = [_view_example(example, posters) for example in report["examples"]]
     notes = list(report["notes"])
     if posters.unreadable:
         noun = "picture" if len(posters.unreadable) == 1 else "pictures"
         notes.append(f"{len(posters.unreadable)} {noun} could not be read, the first {posters.unreadable[0]}.")
     negatives = report.get("metrics_popularity_negatives")
-    return template.render(
-        # Our own file; `<` cannot occur in it, so it cannot end its element.
-        style=Markup((sources / "report.css").read_text(encoding="utf-8")),
+    return render_template(
+        "mllmrec_jax.evaluate",
+        "report.html.jinja",
         name=report["name"],
         verdict=report["verdict"],
         tiles=_view_tiles(report),

@@ -1,4 +1,4 @@
-"""Arrays of the stages on disk: zarr3 by tensorstore, chunks of rows, compressed and checksummed."""
+"""Arrays of the stages on disk, written and read in blocks of rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from mllmrec_jax.data.zarr import make_zarr_spec
 
 ROWS = 4096
 """Rows a chunk, and the block that arrays are written and read in."""
@@ -15,24 +17,7 @@ def write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks: Iterable
     """Writes an array of `shape` from blocks of `ROWS` rows (the last may be shorter), in order; `path` must not exist."""
     import tensorstore
 
-    codecs = [
-        {"name": "bytes", "configuration": {"endian": "little"}},
-        {"name": "zstd", "configuration": {"level": 3}},
-        {"name": "crc32c"},
-    ]
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "create": True,
-        # Otherwise chunks of zeros are left out, and a lost chunk reads as zeros without a word.
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": list(shape),
-            "data_type": dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [ROWS, *shape[1:]]}},
-            "codecs": codecs,
-        },
-    }
+    spec = make_zarr_spec(path, shape=shape, dtype=dtype, rows_per_chunk=ROWS)
     store = tensorstore.open(spec).result()
     start = 0
     for block in blocks:
@@ -42,13 +27,33 @@ def write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks: Iterable
         raise ValueError(f"{path}: expected {shape[0]} rows, got {start}")
 
 
+class StoredArray:
+    """An array on disk, read by row."""
+
+    def __init__(self, path: Path):
+        """Opens it.
+
+        Raises:
+          ValueError: it is missing or damaged.
+        """
+        import tensorstore
+
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+        self._store = tensorstore.open(spec, open=True, read=True).result()
+
+    def __len__(self) -> int:
+        return self._store.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The rows [M] of these numbers, in their order; raises ValueError where one is damaged."""
+        return np.asarray(self._store[rows].read().result())
+
+
 def read_array(path: Path) -> np.ndarray:
     """A whole array.
 
     Raises:
       ValueError: it is missing or damaged.
     """
-    import tensorstore
-
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
-    return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+    array = StoredArray(path)
+    return array[np.arange(len(array))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mllmrec_jax.preprocess.backends.protocol import Request, ShownItem, Writer, make_request
 from mllmrec_jax.preprocess.samples import Samples
@@ -16,12 +16,12 @@ from mllmrec_jax.prompts import mentions_title, sanitise_text
 _KEPT = 1 << 14  # finished captions kept in memory: a popular item is in many histories
 
 
-def list_requests(samples: Samples, config: CaptionConfig, writer: Writer, *, noun: str) -> Iterator[tuple[str, Request]]:
-    """(picture content, request) of each distinct picture, under the title of the item of lowest id that has it."""
+def list_requests(samples: Samples, config: CaptionConfig, writer: Writer, *, noun: str) -> Iterator[tuple[int, Request]]:
+    """(row of `samples.pictures`, request) of each distinct picture, under the title of the item of lowest id that has it."""
     described = writer.describe()
     for item, picture in samples.list_distinct():
         prompt = render_caption(item.title, noun=noun, max_words=config.max_words)
-        yield picture.digest, make_request("caption", prompt, [ShownItem(item.title, picture=picture)], described)
+        yield samples.pictures.find_row(item.id), make_request("caption", prompt, [ShownItem(item.title, picture=picture)], described)
 
 
 def finish_caption(text: str, title: str, *, max_words: int) -> str:
@@ -32,9 +32,9 @@ def finish_caption(text: str, title: str, *, max_words: int) -> str:
 
 
 class Captions:
-    """Finished captions by item, read from the store when they are asked for."""
+    """Finished captions by item, read from the store when they are asked for; `keys` are of each content's first row."""
 
-    def __init__(self, samples: Samples, store: Store, keys: dict[str, str], config: CaptionConfig):
+    def __init__(self, samples: Samples, store: Store, keys: Sequence[str], config: CaptionConfig):
         self._samples, self._store, self._keys, self._config = samples, store, keys, config
         self._find = functools.lru_cache(maxsize=_KEPT)(self._read)
 
@@ -43,8 +43,8 @@ class Captions:
         return self._find(item)
 
     def _read(self, item: int) -> str:
-        digest = self._samples.digests.get(item)
-        if not self._config.enabled or digest is None:
+        first = self._samples.pictures.first[self._samples.pictures.find_row(item)]
+        if not self._config.enabled or first < 0:
             return ""
-        text = self._store.get(self._keys[digest])["text"]
+        text = self._store.get(self._keys[first])["text"]
         return finish_caption(text, self._samples.dataset.items[item].title, max_words=self._config.max_words)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mllmrec_jax.data.records import Item
 from mllmrec_jax.preprocess.arrays import ROWS, write_array
 from mllmrec_jax.preprocess.backends.protocol import Embedder, Picture
 from mllmrec_jax.preprocess.samples import Samples
@@ -15,22 +16,28 @@ from mllmrec_jax.preprocess.store import Store, hash_content
 from mllmrec_jax.progress import Progress
 
 BATCH = 256
-"""Most pictures or texts given to an embedder at once."""
+"""Pictures or texts given at once to an embedder in this process."""
 
 
 class Vectors:
     """Vectors by content, each embedded once and kept in a store."""
 
-    def __init__(self, embedder: Embedder, store: Store):
+    def __init__(self, embedder: Embedder, store: Store, *, batch: int = BATCH):
+        """`batch` is the most pictures or texts given to the embedder at once."""
         self.dimension = embedder.dimension
         self.identity = embedder.describe()
         self.done = 0
         """Vectors embedded now, not found in the store."""
-        self._embedder, self._store = embedder, store
+        self._embedder, self._store, self._batch = embedder, store, batch
 
-    def is_held_out(self, digest: str | None) -> bool:
-        """See `protocol.Embedder`; False where there is no picture."""
-        return digest is not None and self._embedder.is_held_out(digest)
+    @property
+    def truncated(self) -> int:
+        """Texts embedded now that the embedder did not read to their end."""
+        return self._embedder.truncated
+
+    def is_held_out(self, digest: str) -> bool:
+        """See `protocol.Embedder`; False for "", where there is no picture."""
+        return bool(digest) and self._embedder.is_held_out(digest)
 
     def _key(self, content: Picture | str) -> str:
         kind, text = ("text", content) if isinstance(content, str) else ("picture", content.digest)
@@ -55,7 +62,7 @@ class Vectors:
                 key = self._key(content)
                 if key not in self._store:
                     waiting[key] = content
-                if len(waiting) == BATCH:
+                if len(waiting) == self._batch:
                     self._embed(list(waiting.values()))
                     waiting.clear()
                 progress.advance()
@@ -74,10 +81,18 @@ def split_rows(count: int) -> Iterator[range]:
     return (range(start, min(start + ROWS, count)) for start in range(0, count, ROWS))
 
 
-def embed_items(samples: Samples, vectors: Vectors, folder: Path) -> None:
+def describe_item(item: Item, caption: str) -> str:
+    """What stands for an item where texts alone are compared: its title and, where there is one, its picture's caption."""
+    return f"{item.title}. {caption}" if caption else item.title
+
+
+def embed_items(
+    samples: Samples, vectors: Vectors, folder: Path, *, text_vectors: Vectors | None = None, find_caption: Callable[[int], str]
+) -> None:
     """Embeds the catalogue and writes `item_id` [I] int64, `picture` and `title` [I, D] float16 to `folder`.
 
-    A row of `picture` is zeros where the item has no picture that can be read.
+    With `text_vectors`, `text` [I, T] float16 as well, of titles and captions. A row of `picture` is zeros where the item has no picture
+    that can be read.
     """
     items = samples.list_items()
     vectors.fill((picture for _, picture in samples.list_distinct()), description="embed pictures")
@@ -88,3 +103,11 @@ def embed_items(samples: Samples, vectors: Vectors, folder: Path) -> None:
     write_array(folder / "picture", shape, "float16", pictures)
     titles = (np.stack([vectors.find(items[row].title) for row in rows]) for rows in split_rows(len(items)))
     write_array(folder / "title", shape, "float16", titles)
+    if text_vectors is None:
+        return
+    text_vectors.fill((describe_item(item, find_caption(item.id)) for item in items), description="embed items as texts")
+    texts = (
+        np.stack([text_vectors.find(describe_item(items[row], find_caption(items[row].id))) for row in rows])
+        for rows in split_rows(len(items))
+    )
+    write_array(folder / "text", (len(items), text_vectors.dimension), "float16", texts)

@@ -1,6 +1,7 @@
 """Stage 8: the enriched data set and the tokenised shards, in one folder that is whole or absent, under a manifest that chains all stages.
 
-    dataset/                 the data set in the MLLMRec-R1 layout, with captions and the traces kept for SFT; pictures are not copied
+    dataset/                 the data set in the MLLMRec-R1 layout, with captions and the traces kept, each for the training it was kept
+                             for; pictures are not copied
     shards/sft, grpo, test   see docs/shard-format.md; each training set with the traces kept for it, the test set without any
     manifest.json            the hash of each stage, of each stage before it, and of every file here
 
@@ -30,15 +31,18 @@ from mllmrec_jax.preprocess.folders import fill_folder, is_current
 from mllmrec_jax.preprocess.samples import Samples
 
 
-def enrich_dataset(samples: Samples, captions: Captions, traces: Mapping[int, str]) -> Dataset:
-    """The data set as `read_mllmrec` will read it back: captions in, times and pictures left out, `traces` (user to text) attached."""
+def enrich_dataset(samples: Samples, captions: Captions, sft_traces: Mapping[int, str], grpo_traces: Mapping[int, str]) -> Dataset:
+    """The data set as `read_mllmrec` will read it back: captions in, times and pictures left out, traces (user to text) attached."""
     source = samples.dataset
 
     def enrich(item: Item) -> Item:
         return dataclasses.replace(item, caption=captions.find(item.id) or item.caption, image=None)
 
     items = [enrich(item) for item in keep_chosen(source.items, source.histories)]
-    histories = [History(h.user, h.items, reasoning=traces.get(h.user), part=h.part) for h in source.histories]
+    histories = [
+        History(h.user, h.items, sft_reasoning=sft_traces.get(h.user), grpo_reasoning=grpo_traces.get(h.user), part=h.part)
+        for h in source.histories
+    ]
     if all(history.part for history in histories):  # one file a part
         order = {"train": 0, "valid": 1, "test": 2}
         histories.sort(key=lambda history: order[history.part or "train"])
@@ -75,7 +79,7 @@ def emit_all(
     Raises:
       LeakError: a written prompt tells its target.
     """
-    dataset = enrich_dataset(samples, captions, sft_traces)
+    dataset = enrich_dataset(samples, captions, sft_traces, grpo_traces)
     texts = list_training_texts(dataset, config.prompt, item_tokens=config.tokenizer.item_tokens)
     tokenizer = load_tokenizer(config.tokenizer, item_ids=dataset.items, texts=texts, cache=config.cache / "tokenizers")
     template = hashlib.sha256(tokenizer.template.encode()).hexdigest()

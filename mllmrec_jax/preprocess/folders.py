@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -12,18 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mllmrec_jax.data.atomic import new_folder
-
-MANIFEST = "manifest.json"
-
-
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file below `folder` but its manifest, by name, sorted."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    return files
+from mllmrec_jax.data.manifests import MANIFEST, describe_files
 
 
 def is_current(folder: Path, content: Mapping[str, Any]) -> bool:
@@ -32,7 +20,7 @@ def is_current(folder: Path, content: Mapping[str, Any]) -> bool:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return manifest == {**content, "files": list_files(folder)}
+    return manifest == {**content, "files": describe_files(folder)}
 
 
 @contextlib.contextmanager
@@ -46,7 +34,7 @@ def fill_folder(folder: Path, content: Mapping[str, Any]) -> Iterator[Path]:
         shutil.rmtree(left)
     with new_folder(folder) as scratch:
         yield scratch
-        manifest = {**content, "files": list_files(scratch)}
+        manifest = {**content, "files": describe_files(scratch)}
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         if folder.exists():  # moved away first: a kill leaves no half of it under its name
             retired = folder.with_name(f".{folder.name}.old.part")

@@ -1,7 +1,8 @@
 """Stage 6: multimodal consistency of each training window, and how well pictures and titles of the catalogue agree at all.
 
 s'   mean over the history of cos(title, picture); items without a picture do not count; 0 where none has one
-s''  cos(the target, the profile of step 4), where the target is its title and picture, added and brought to length 1
+s''  cos(the target, the profile of step 4), where the target is its title and picture, added and brought to length 1; with
+     `embed.text_model`, both are texts in that model's own space, and the target is its title and caption
 s    sigmoid(s' + s'')
 """
 
@@ -16,21 +17,25 @@ from scipy.special import expit
 
 from mllmrec_jax.data.records import find_rows
 from mllmrec_jax.data.splits import Window
-from mllmrec_jax.preprocess.arrays import read_array, write_array
+from mllmrec_jax.preprocess.arrays import StoredArray, read_array, write_array
 from mllmrec_jax.preprocess.embed import Vectors, split_rows
+
+COMPARED = 1000
+"""Most pairs whose agreement is compared with every other."""
 
 
 class ItemVectors(NamedTuple):
-    """`item_id` [I] int64 ascending; `picture`, `title` [I, D] float32, a picture's row zeros where there is none."""
+    """`item_id` [I] int64 ascending; `picture`, `title` [I, D], a picture's row zeros where there is none: in memory, or read by row.
+
+    `text` [I, T] where a text encoder measures s''. `agreement` [I] float64 is cos(title, picture), `pictured` [I] bool.
+    """
 
     item_id: np.ndarray
-    picture: np.ndarray
-    title: np.ndarray
-
-    @property
-    def pictured(self) -> np.ndarray:
-        """[I] bool."""
-        return (self.picture != 0).any(axis=1)
+    picture: np.ndarray | StoredArray
+    title: np.ndarray | StoredArray
+    text: np.ndarray | StoredArray | None
+    agreement: np.ndarray
+    pictured: np.ndarray
 
 
 class Scores(NamedTuple):
@@ -42,9 +47,22 @@ class Scores(NamedTuple):
 
 
 def load_vectors(folder: Path) -> ItemVectors:
-    """What `embed.embed_items` wrote."""
-    picture, title = (read_array(folder / name).astype(np.float32) for name in ("picture", "title"))
-    return ItemVectors(read_array(folder / "item_id"), picture, title)
+    """What `embed.embed_items` wrote; its rows stay on disk."""
+    picture, title = StoredArray(folder / "picture"), StoredArray(folder / "title")
+    text = StoredArray(folder / "text") if (folder / "text").is_dir() else None
+    return measure_items(read_array(folder / "item_id"), picture, title, text)
+
+
+def measure_items(
+    item_id: np.ndarray, picture: np.ndarray | StoredArray, title: np.ndarray | StoredArray, text: np.ndarray | StoredArray | None = None
+) -> ItemVectors:
+    """Adds how well each item's title and picture agree, read block by block."""
+    agreement, pictured = np.zeros(len(item_id)), np.zeros(len(item_id), bool)
+    for block in split_rows(len(item_id)):
+        rows = np.arange(block.start, block.stop)
+        pictures = picture[rows]
+        agreement[rows], pictured[rows] = _dot(title[rows], pictures), (pictures != 0).any(axis=1)
+    return ItemVectors(item_id, picture, title, text, agreement, pictured)
 
 
 def _normalise(rows: np.ndarray) -> np.ndarray:
@@ -58,20 +76,20 @@ def _dot(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def score_histories(histories: Sequence[Sequence[int]], items: ItemVectors) -> np.ndarray:
     """s' float64 [N] of histories of item ids."""
-    agreement, pictured = _dot(items.title, items.picture), items.pictured
     scores = np.zeros(len(histories))
     for row, history in enumerate(histories):
         found = find_rows(items.item_id, np.asarray(history, np.int64))
-        found = found[pictured[found]]
+        found = found[items.pictured[found]]
         if len(found):
-            scores[row] = agreement[found].mean()
+            scores[row] = items.agreement[found].mean()
     return scores
 
 
 def score_profiles(targets: Sequence[int], profiles: np.ndarray, items: ItemVectors) -> np.ndarray:
-    """s'' float64 [N] of targets (item ids) and the vectors [N, D] of the profiles of step 4."""
+    """s'' float64 [N] of targets (item ids) and the vectors [N, D], or [N, T], of the profiles of step 4."""
     rows = find_rows(items.item_id, np.asarray(targets, np.int64))
-    return _dot(_normalise(items.title[rows].astype(np.float64) + items.picture[rows]), profiles)
+    stand = items.title[rows].astype(np.float64) + items.picture[rows] if items.text is None else items.text[rows].astype(np.float64)
+    return _dot(_normalise(stand), profiles)
 
 
 def score_windows(windows: Sequence[Window], read_profile: Callable[[int], str], items: ItemVectors, vectors: Vectors) -> Scores:
@@ -108,10 +126,10 @@ class Agreement(NamedTuple):
 def measure_agreement(titles: np.ndarray, pictures: np.ndarray, *, seed: int = 0, resamples: int = 400) -> Agreement | None:
     """AUC of cos(title, picture) between own pairs and all mismatched ones, rows [M, D]; None for fewer than two rows.
 
-    A mismatched pair is the title of one item with the picture of another. The interval is a bootstrap over items. At most 1,000 items
-    are compared.
+    A mismatched pair is the title of one item with the picture of another. The interval is a bootstrap over items. At most `COMPARED`
+    items are compared.
     """
-    titles, pictures = titles[:1000].astype(np.float64), pictures[:1000].astype(np.float64)
+    titles, pictures = titles[:COMPARED].astype(np.float64), pictures[:COMPARED].astype(np.float64)
     count = len(titles)
     if count < 2:
         return None

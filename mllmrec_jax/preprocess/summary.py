@@ -8,6 +8,10 @@ from typing import Any
 from mllmrec_jax.progress import format_seconds
 
 
+def _list_usage(usage: dict[str, float]) -> str:
+    return "".join(f", {amount:,.4f} {what}" if isinstance(amount, float) else f", {amount:,} {what}" for what, amount in usage.items())
+
+
 def list_summary(report: dict[str, Any]) -> Iterator[str]:
     """Lines about what each stage did, of a report of `run.run_preprocess`."""
     stages = report["stages"]
@@ -15,8 +19,9 @@ def list_summary(report: dict[str, Any]) -> Iterator[str]:
     for name in ("caption", "pseudo_cot", "refine_cot", "sanitize"):
         if name in stages:
             tally = stages[name]
-            cost = "".join(f", {amount:,} {what}" for what, amount in tally["usage"].items())
-            yield f"{name}: {tally['wanted']:,} distinct, {tally['found']:,} found, {tally['done']:,} done{cost}"
+            yield f"{name}: {tally['wanted']:,} distinct, {tally['found']:,} found, {tally['done']:,} done{_list_usage(tally['usage'])}"
+            if tally["usage_before"]:
+                yield f"{name}: those found had cost{_list_usage(tally['usage_before']).removeprefix(',')}"
     if "leak_audit" in stages:
         audit = stages["leak_audit"]
         yield f"leak audit: {audit['leaking']:,} of {audit['traces']:,} traces tell their target; {audit['left_out']:,} left out"
@@ -31,4 +36,8 @@ def list_summary(report: dict[str, Any]) -> Iterator[str]:
     if "emit" in stages:
         folder = stages["emit"]["folder"]
         yield f"shards: {folder}/shards; to train: --data.source mllmrec --data.path {folder}/dataset"
+    if "quality" in stages and (means := stages["quality"]["means"]):
+        said = ", ".join(f"{kind} {values['all']['mean']:.2f}" for kind, values in means.items() if values)
+        yield f"quality of {stages['quality']['windows']:,} windows by {', '.join(r['name'] for r in stages['quality']['raters'])}: {said}"
     yield "time: " + ", ".join(f"{name} {format_seconds(value)}" for name, value in report["seconds"].items())
+    yield f"report: {report['page']} and report.json"

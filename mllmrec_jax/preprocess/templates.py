@@ -20,7 +20,8 @@ _RULES = (
 )
 
 
-def _list_history(items: Sequence[ShownItem]) -> str:
+def list_history(items: Sequence[ShownItem]) -> str:
+    """A history as numbered lines: title and, where it is shown, caption."""
     lines = []
     for number, item in enumerate(items, start=1):
         caption = f" | {sanitise_text(item.caption)}" if item.caption else ""
@@ -41,7 +42,7 @@ def render_pseudo_cot(items: Sequence[ShownItem], *, noun: str) -> str:
     """Asks for a first trace from titles and pictures; the pictures are attached in the order of the list, where an item has one."""
     pictured = ", ".join(str(number) for number, item in enumerate(items, start=1) if item.picture is not None) or "none"
     return (
-        f"One user chose these {noun}s, oldest first:\n{_list_history(items)}\n\n"
+        f"One user chose these {noun}s, oldest first:\n{list_history(items)}\n\n"
         f"The attached pictures belong, in order, to numbers: {pictured}.\n\n"
         f"Reason about this user's taste from titles and pictures.\n{_STEPS.format(noun=noun)}\n\n{_RULES.format(noun=noun)}"
     )
@@ -51,7 +52,7 @@ def render_refine_cot(items: Sequence[ShownItem], draft: str, *, noun: str) -> s
     """Asks for the refined trace from titles, captions (where shown) and the draft (where there is one)."""
     drafted = f"A draft of the reasoning, which may be wrong:\n{sanitise_lines(draft)}\n\n" if draft else ""
     return (
-        f"One user chose these {noun}s, oldest first, with descriptions of their pictures:\n{_list_history(items)}\n\n{drafted}"
+        f"One user chose these {noun}s, oldest first, with descriptions of their pictures:\n{list_history(items)}\n\n{drafted}"
         f"Reason about this user's taste, keep what the descriptions support and drop the rest.\n{_STEPS.format(noun=noun)}\n\n"
         f"{_RULES.format(noun=noun)}"
     )

@@ -6,18 +6,23 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mllmrec_jax.data.splits import Window
 from mllmrec_jax.preprocess import sanitize, title_index
-from mllmrec_jax.preprocess.backends.protocol import Request, open_writer
+from mllmrec_jax.preprocess.backends.protocol import Request, Writer
 from mllmrec_jax.preprocess.caption import Captions
+from mllmrec_jax.preprocess.gallery import show_masks
+from mllmrec_jax.preprocess.hashes import Hashes
+from mllmrec_jax.preprocess.key_table import KeyTable
 from mllmrec_jax.preprocess.pseudo_cot import make_pseudo_request
 from mllmrec_jax.preprocess.refine_cot import finish_trace, make_refine_request
 from mllmrec_jax.preprocess.samples import Samples
-from mllmrec_jax.preprocess.store import Store, hash_content
+from mllmrec_jax.preprocess.store import Store, hash_content, hash_rows
 from mllmrec_jax.preprocess.writing import Tally, write_texts
-from mllmrec_jax.preprocess_config import PreprocessConfig
 from mllmrec_jax.progress import track
+
+_SHOWN = 3  # changes of each rule that a report shows
 
 
 @functools.cache
@@ -27,12 +32,9 @@ def hash_sanitizer() -> str:
     return hashlib.sha256(sources.encode()).hexdigest()
 
 
-def write_pseudo(
-    windows: Sequence[Window], samples: Samples, config: PreprocessConfig, store: Store, *, noun: str
-) -> tuple[Tally, list[str]]:
+def write_pseudo(windows: Sequence[Window], samples: Samples, writer: Writer, store: Store, *, noun: str) -> tuple[Tally, Sequence[str]]:
     """Stage 2: answers in `store`; returns the key of each window's."""
-    writer = open_writer(config.pseudo_cot.backend, config.pseudo_cot.model, config)
-    keys: list[str] = []
+    keys = Hashes()
 
     def list_requests() -> Iterator[Request]:
         for window in windows:
@@ -49,14 +51,13 @@ def write_refined(
     draft_store: Store,
     samples: Samples,
     captions: Captions,
-    config: PreprocessConfig,
+    writer: Writer,
     store: Store,
     *,
     noun: str,
-) -> tuple[Tally, list[str]]:
+) -> tuple[Tally, Sequence[str]]:
     """Stage 3: answers in `store`; `drafts` are keys in `draft_store`, none where the stage before is left out."""
-    writer = open_writer(config.refine_cot.backend, config.refine_cot.model, config)
-    keys: list[str] = []
+    keys = Hashes()
 
     def list_requests() -> Iterator[Request]:
         for row, window in enumerate(windows):
@@ -71,7 +72,7 @@ def write_refined(
 class Traces:
     """Sanitised traces by row of the windows; empty where a model did not write all four steps."""
 
-    def __init__(self, store: Store, keys: list[str]):
+    def __init__(self, store: Store, keys: Sequence[str]):
         self._store, self.keys = store, keys
 
     def __len__(self) -> int:
@@ -81,17 +82,19 @@ class Traces:
         """The trace of one window."""
         return self._store.get(self.keys[row])["text"]
 
-    def count_changes(self) -> dict[str, int]:
-        """How many traces were changed or unusable, and how many changes each rule made, over all windows."""
+    def count_changes(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
+        """How many traces were changed or unusable, and how many changes each rule made, over all windows; the first three of each rule."""
+        shown: list[dict[str, Any]] = []
         counts: dict[str, int] = {"traces": len(self), "unusable": 0, "changed": 0}
         for key in self.keys:
             value = self._store.get(key)
             counts["unusable"] += not value["text"]
             counts["changed"] += bool(value["changes"])
-            for change in value["changes"]:
-                rule = f"rule: {change['rule']}"
+            for mask in show_masks(value["text"], value["changes"]):
+                rule = f"rule: {mask['rule']}"
                 counts[rule] = counts.get(rule, 0) + 1
-        return counts
+                shown += [mask] if counts[rule] <= _SHOWN else []
+        return counts, shown
 
 
 def sanitise_traces(keys: Sequence[str], source: Store, samples: Samples, store: Store) -> tuple[Tally, Traces]:
@@ -102,16 +105,15 @@ def sanitise_traces(keys: Sequence[str], source: Store, samples: Samples, store:
       samples: the catalogue whose titles are masked; the windows' targets are not looked at.
     """
     items = samples.list_items()
-    catalogue = hash_content([[item.id, item.title, item.genres] for item in items])
+    catalogue = hash_rows(([item.id, item.title, item.genres] for item in items), "catalogue")
     index: title_index.TitleIndex | None = None
-    tally, found, seen = Tally(), [], set()
+    tally, found, seen = Tally(), Hashes(), KeyTable()
     for key in track(keys, description="sanitize", unit="trace"):
         text = finish_trace(source.get(key)["text"])
         own = hash_content("sanitize", hash_sanitizer(), catalogue, text)
         found.append(own)
-        if own in seen:
+        if not seen.add(own):
             continue
-        seen.add(own)
         tally.wanted += 1
         if own in store:
             tally.found += 1
@@ -121,4 +123,5 @@ def sanitise_traces(keys: Sequence[str], source: Store, samples: Samples, store:
         cleaned = sanitize.sanitize_trace(text, index)
         store.put(own, {"text": cleaned.text, "changes": [change._asdict() for change in cleaned.changes]})
         tally.done += 1
+    seen.close()
     return tally, Traces(store, found)

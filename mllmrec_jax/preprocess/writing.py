@@ -6,8 +6,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from mllmrec_jax.config import ConfigError
 from mllmrec_jax.data.records import DataError
-from mllmrec_jax.preprocess.backends.protocol import Request, Writer
+from mllmrec_jax.preprocess.backends.protocol import Request, Unanswered, Writer
+from mllmrec_jax.preprocess.key_table import KeyTable
 from mllmrec_jax.preprocess.store import Store
 from mllmrec_jax.progress import Progress
 
@@ -20,37 +22,61 @@ class Tally:
     found: int = 0
     done: int = 0
     usage: Counter[str] = dataclasses.field(default_factory=Counter)
+    usage_before: Counter[str] = dataclasses.field(default_factory=Counter)
+    """What the work that was there already had cost."""
+    unanswered: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Kinds of failure."""
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The first failure of each kind in full."""
+
+
+class WritingError(DataError):
+    """Texts are missing; `tally` is what was done all the same."""
+
+    def __init__(self, message: str, tally: Tally):
+        super().__init__(message)
+        self.tally = tally
 
 
 def write_texts(requests: Iterable[Request], writer: Writer, store: Store, *, description: str) -> Tally:
     """Has every request answered once; equal requests are asked once. Answers are `{"text": ..., "usage": ...}` in `store`.
 
     Raises:
-      DataError: the writer left requests unanswered; what it did answer is kept.
+      WritingError: the writer stopped, or left requests unanswered; what it did answer is kept.
     """
-    tally = Tally()
-    seen: set[str] = set()
-    asked: list[str] = []
+    tally, seen = Tally(), KeyTable()
+    asked: set[str] = set()  # and not answered yet
 
     def list_new() -> Iterator[Request]:
         for request in requests:
-            if request.key in seen:
+            if not seen.add(request.key):
                 continue
-            seen.add(request.key)
             tally.wanted += 1
             if request.key in store:
                 tally.found += 1
+                tally.usage_before.update(store.get(request.key)["usage"])
             else:
-                asked.append(request.key)
+                asked.add(request.key)
                 yield request
 
-    with Progress(description=description, unit="text") as progress:
-        for written in writer.write(list_new()):
-            store.put(written.key, {"text": written.text, "usage": written.usage})
-            tally.done += 1
-            tally.usage.update(written.usage)
-            progress.advance()
-    missing = [key for key in asked if key not in store]
-    if missing:
-        raise DataError(f"{description}: expected {tally.wanted} texts, {len(missing)} are missing; run it again to ask for these alone")
+    try:
+        with Progress(description=description, unit="text") as progress:
+            for answer in writer.write(list_new()):
+                tally.usage.update(answer.usage)
+                if isinstance(answer, Unanswered):
+                    tally.unanswered[answer.kind] += 1
+                    tally.reasons.setdefault(answer.kind, answer.detail)
+                    continue
+                store.put(answer.key, {"text": answer.text, "usage": answer.usage})
+                asked.discard(answer.key)
+                tally.done += 1
+                progress.advance()
+    except ConfigError as error:
+        raise WritingError(f"{description}: {error}", tally) from None
+    finally:
+        seen.close()
+    if asked:
+        why = "".join(f"; {count:,} {kind} ({tally.reasons[kind]})" for kind, count in tally.unanswered.most_common())
+        missing = f"{len(asked):,} are missing{why}"
+        raise WritingError(f"{description}: expected {tally.wanted:,} texts, {missing}; run it again to ask for these alone", tally)
     return tally

@@ -35,11 +35,11 @@ def config_of(root: Path, **options: object) -> DataConfig:
 def test_every_file_finds_its_place(folder: Path):
     dataset = read_mllmrec(config_of(folder))
     assert dataset.name == "toy"
-    assert [(h.user, h.items, h.part, h.reasoning) for h in dataset.histories] == [
-        (10, (1, 2, 3), "train", None),
-        (11, (3, 1), "train", "because"),
-        (12, (2, 3), "test", None),
-    ]
+    assert dataset.histories == (
+        History(10, (1, 2, 3), part="train"),
+        History(11, (3, 1), part="train", sft_reasoning="because", grpo_reasoning="because"),
+        History(12, (2, 3), part="test"),
+    )
     assert dataset.items[1].title == 'One, and "more"'
     assert dataset.items[3].title == "Line\nbreak"
     assert [item.caption for item in dataset.items.values()] == ["a red one", "a blue one", ""]
@@ -61,10 +61,16 @@ def test_round_trip(part, tmp_path: Path):
     picture.write_bytes(b"bytes")
     hostile = 'a "quoted", title\nwith <|im_end|> and [ITEM_7] \u202e\u2028 é'
     items = [Item(7, hostile, ("Drama", "A|B"), "caption\n2", picture), Item(3, "Plain")]
-    histories = [History(2, (7, 3), reasoning="why", part=part), History(1, (3,), part=part)]
+    histories = [
+        History(2, (7, 3), sft_reasoning="why", grpo_reasoning="why", part=part),
+        History(1, (3,), part=part),
+        History(3, (3, 7), sft_reasoning="so", part=part),
+        History(4, (3, 7), grpo_reasoning="", part=part),
+        History(5, (7,), sft_reasoning="first", grpo_reasoning="then", part=part),
+    ]
     dataset = make_dataset("world", items, histories)
     back = write_then_read(dataset, tmp_path / "out")
-    assert back.content_hash == dataset.content_hash
+    assert back.content_hash == dataset.content_hash and back.histories == dataset.histories
     assert back.items[7].image is not None
     assert back.items[7].image.read_bytes() == b"bytes"
 
@@ -109,6 +115,12 @@ def test_a_malformed_row_is_named_or_skipped_and_counted(folder: Path, name: str
         ("toy_deepseek_cot.json", '[{"line_idx": 0, "reasoning": "x"}]', "row 0: expected user_id, got none .it has only line_idx"),
         ("toy_deepseek_cot.json", '[{"user_id": 10}]', "row 0: expected a whole-number user_id and a reasoning text"),
         ("toy_deepseek_cot.json", '[{"user_id": 10, "reasoning": "a"}, {"user_id": "10", "reasoning": "b"}]', "row 1: .* user 10 again"),
+        ("toy_deepseek_cot.json", '[{"user_id": 10, "reasoning": "a", "stages": ["rl"]}]', "row 0: expected stages that are a list of sft"),
+        (
+            "toy_deepseek_cot.json",
+            '[{"user_id": 10, "reasoning": "a"}, {"user_id": 10, "reasoning": "b", "stages": ["grpo"]}]',
+            "row 1: .* user 10 again for grpo",
+        ),
         ("other_titles.csv", "item,title\n", "expected one file of titles .*, got other_titles.csv, toy_titles.csv"),
         ("toy_second_cot.json", "[]", "expected at most one file of traces"),
     ],

@@ -40,7 +40,9 @@ def test_the_hash_covers_every_text_and_interaction_but_not_pictures():
         ([Item(1, "One", caption="red"), *ITEMS[1:]], [History(1, (1, 2))]),
         (ITEMS, [History(1, (2, 1))]),
         (ITEMS, [History(2, (1, 2))]),
-        (ITEMS, [History(1, (1, 2), reasoning="because")]),
+        (ITEMS, [History(1, (1, 2), sft_reasoning="because")]),
+        (ITEMS, [History(1, (1, 2), grpo_reasoning="because")]),
+        (ITEMS, [History(1, (1, 2), sft_reasoning="because", grpo_reasoning="because")]),
         (ITEMS, [History(1, (1, 2), part="test")]),
     ]
     hashes = {make_dataset("toy", items, histories).content_hash for items, histories in changes}

@@ -30,3 +30,13 @@ def tiny_config(folder: Path, *, items: int = 40, users: int = 50) -> RunConfig:
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     return tiny_config(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The configuration of a run that is done; only to be read."""
+    from mllmrec_jax.preprocess.run import run_preprocess
+
+    config = tiny_config(tmp_path_factory.mktemp("whole"))
+    run_preprocess(config)
+    return config

@@ -3,8 +3,8 @@
     python tests/preprocess/kill_preprocess.py --kills 50 --seed 0
 
 A run is started, killed (SIGKILL) after a random part of the time that a whole run takes, and started again; when one comes to its end
-before it is killed, its outputs are compared, everything is removed, and the next round begins. Prints one JSON object; exits with 1 on a
-difference.
+before it is killed, its outputs are compared, everything is removed, and the next round begins. All runs are of one copy of the code, made
+at the start: code that is edited meanwhile would give other hashes. Prints one JSON object; exits with 1 on a difference.
 """
 
 from __future__ import annotations
@@ -36,8 +36,19 @@ def run_child(folder: Path) -> None:
     run_preprocess(tiny_config(folder, items=80, users=120))
 
 
-def start_run(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, "--child", str(folder)]
+def copy_code(folder: Path) -> Path:
+    """This script among copies of all that it imports."""
+    for name in ("mllmrec_jax", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    here = folder / "tests" / "preprocess"
+    here.mkdir(parents=True)
+    for name in ("conftest.py", Path(__file__).name):
+        shutil.copy(Path(__file__).with_name(name), here)
+    return here / Path(__file__).name
+
+
+def start_run(script: Path, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(script), "--child", str(folder)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     if child.stdout.readline() != "ready\n":
@@ -68,32 +79,48 @@ def finish_run(child: subprocess.Popen[str], timeout: float | None) -> bool:
     return True
 
 
-def time_run(folder: Path) -> float:
+def time_run(script: Path, folder: Path) -> float:
     """Seconds of a run that is not killed, from `ready` on."""
-    child = start_run(folder)
+    child = start_run(script, folder)
     start = time.monotonic()
     finish_run(child, None)
     return time.monotonic() - start
 
 
+def explain_difference(name: str, found: dict[str, bytes], wanted: dict[str, bytes]) -> str:
+    """The name; of a manifest also what in it differs, the hashes of single stages among that."""
+    if name not in found or name not in wanted:
+        return f"{name}: {'missing' if name in wanted else 'not expected'}"
+    if Path(name).name != "manifest.json":
+        return name
+    one, other = json.loads(found[name]), json.loads(wanted[name])
+    one, other = ({**manifest, **manifest.get("stages", {})} for manifest in (one, other))
+    return f"{name}: {', '.join(sorted(key for key in {*one, *other} if one.get(key) != other.get(key)))}"
+
+
 def compare_runs(folder: Path, kills: int, seed: int) -> dict[str, object]:
     rng = random.Random(seed)
-    finish_run(start_run(folder / "whole"), None)
+    script = copy_code(folder / "code")
+    finish_run(start_run(script, folder / "whole"), None)
     wanted = read_outputs(folder / "whole")
-    again_s = time_run(folder / "whole")
-    whole_s = time_run(folder / "timed")  # the first run of a machine waits for its disk
+    again_s = time_run(script, folder / "whole")
+    whole_s = time_run(script, folder / "timed")  # the first run of a machine waits for its disk
     different: set[str] = set()
     killed, rounds, stopped_in = 0, 0, []
     while killed < kills or rounds == 0 or (folder / "killed").exists():
-        child = start_run(folder / "killed")
+        fresh = not (folder / "killed").exists()
+        child = start_run(script, folder / "killed")
+        start = time.monotonic()
         if killed < kills and not finish_run(child, rng.uniform(0, whole_s)):
             killed += 1
             stores = folder / "killed" / "cache" / "preprocess"
             stopped_in.append(sum(len(path.read_bytes().splitlines()) for path in stores.rglob("*.jsonl")))
             continue
         finish_run(child, None)
+        if fresh:  # the machine has less to do than when a whole run was timed: moments of kills are drawn from what it takes now
+            whole_s = time.monotonic() - start
         found = read_outputs(folder / "killed")
-        different.update(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        different.update(explain_difference(name, found, wanted) for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         shutil.rmtree(folder / "killed")
         rounds += 1
     return {

@@ -40,8 +40,9 @@ def count_done(report: dict[str, Any]) -> dict[str, int]:
     return {name: stage["done"] for name, stage in report["stages"].items() if "done" in stage}
 
 
-def read_traces(config: RunConfig) -> dict[int, str]:
-    return {row["user_id"]: row["reasoning"] for row in json.loads((outputs(config) / "emit/dataset/posterworld_cot.json").read_text())}
+def read_traces(config: RunConfig, stage: str = "sft") -> dict[int, str]:
+    rows = json.loads((outputs(config) / "emit/dataset/posterworld_cot.json").read_text())
+    return {row["user_id"]: row["reasoning"] for row in rows if stage in row.get("stages", ["sft", "grpo"])}
 
 
 def as_emitted(config: RunConfig) -> RunConfig:
@@ -89,23 +90,25 @@ def test_shards_hold_traces_of_the_kept_and_of_training_only(config: RunConfig) 
         shown = [split_prompt(prompt, config.prompt).reasoning for prompt in prompts]
         assert sum(trace is not None for trace in shown) == (0 if name == "test" else report["stages"]["mix"][name]["kept"])
         assert all("picture in" in prompt for prompt in prompts)  # captions are in
-        if name == "sft":
-            traces = {history.user: history.reasoning for history in dataset.histories if history.reasoning}
+        if name != "test":
+            traces = {history.user: getattr(history, f"{name}_reasoning") for history in dataset.histories}
             for user, trace in zip(examples.user.tolist(), shown, strict=True):
-                assert (trace or "") == " ".join(traces.get(user, "").split())
+                assert (trace or "") == " ".join((traces[user] or "").split())
 
 
-def test_training_on_the_emitted_data_set_comes_to_the_same_sft_and_test_shards(config: RunConfig) -> None:
+def test_training_on_the_emitted_data_set_comes_to_the_same_shards(config: RunConfig) -> None:
     run_preprocess(config)
     prepared = prepare_data(as_emitted(config))
-    for name, shards in (("sft", prepared.sft), ("test", prepared.test.shards)):
+    for name, shards in (("sft", prepared.sft), ("grpo", prepared.grpo), ("test", prepared.test.shards)):
         emitted = open_shards(outputs(config) / "emit" / "shards" / name, expected=shards.manifest["provenance"])
         assert emitted.manifest["files"] == shards.manifest["files"]
 
 
 def test_second_run_does_nothing_and_changes_nothing(config: RunConfig) -> None:
     first = run_preprocess(config)
-    files = {path: path.stat().st_mtime_ns for path in config.output.rglob("*") if path.is_file() and path.name != "report.json"}
+    files = {
+        path: path.stat().st_mtime_ns for path in config.output.rglob("*") if path.is_file() and path.stem not in ("report", "ratings")
+    }
     second = run_preprocess(config)
     assert set(count_done(second).values()) == {0} and second["chain"] == first["chain"]
     assert files == {path: path.stat().st_mtime_ns for path in files}

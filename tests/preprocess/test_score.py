@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from mllmrec_jax.preprocess.mix import choose_rows
-from mllmrec_jax.preprocess.score import ItemVectors, measure_agreement, score_histories, score_profiles
+from mllmrec_jax.preprocess.score import ItemVectors, measure_agreement, measure_items, score_histories, score_profiles
 
 
 def make_items() -> ItemVectors:
     """Items 10, 20, 30, 40 in the plane; 40 has no picture."""
     title = np.array([[1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
     picture = np.array([[1, 0], [1, 0], [0.6, 0.8], [0, 0]], np.float32)
-    return ItemVectors(np.array([10, 20, 30, 40]), picture, title)
+    return measure_items(np.array([10, 20, 30, 40]), picture, title)
 
 
 def test_history_score_is_the_mean_agreement_of_its_pictured_items() -> None:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from mllmrec_jax.preprocess.backends.local_rater import rate_form
 from mllmrec_jax.preprocess.backends.measures import describe_measures, measure_image
 from mllmrec_jax.preprocess.backends.protocol import Picture, Request, ShownItem, Written
+from mllmrec_jax.preprocess.backends.words import list_words
 from mllmrec_jax.prompts import sanitise_text
 
 VERSION = 1  # raise it when the same request gives another text
 _KEPT = 1 << 14  # descriptions kept in memory
 _NO_PICTURE = "no picture"
 _TITLE_CHARS = 200
-# Words that say nothing about a taste, those of the captions' own frame among them.
-_FRAME = (
-    "a an and are as at by for from has have in is it its no not of on or that the this to was were with picture colour light edges form "
-    "composition clear shapes lines shows image poster movie film even-toned half-lit measured moderate middle centre"
-)
-_EMPTY = frozenset(_FRAME.split())
-_WORD = re.compile(r"[^\W\d_]{3,}(?:-[^\W\d_]+)*")
-
-
-def list_words(text: str) -> list[str]:
-    """The words of a text that may say something about a taste, lower case, each once, in order."""
-    return list(dict.fromkeys(word for word in _WORD.findall(text.lower()) if word not in _EMPTY))
 
 
 def _rank_words(texts: Sequence[str]) -> list[tuple[str, int]]:
@@ -94,6 +83,8 @@ class LocalWriter:
         for request in requests:
             if request.task == "caption":
                 text = self._look(request.items[0])
+            elif request.task == "quality":
+                text = rate_form(request)
             else:
                 text = compose_trace([item.title for item in request.items], [self._look(item) for item in request.items], request.draft)
             yield Written(request.key, text, {})

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import heapq
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,21 +144,23 @@ def _train(features: np.ndarray, pairs: Sequence[Pair], config: EmbedConfig) -> 
 class LocalEmbedder:
     """The trained encoder; features of pictures are kept in a store, so that each is decoded once."""
 
-    def __init__(self, pairs: Sequence[Pair], config: EmbedConfig, features: Store, folder: Path):
+    def __init__(self, pairs: Iterable[Pair], config: EmbedConfig, features: Store, folder: Path):
         """Trains on `pairs` that are not held out, or loads what these pairs gave before from `folder`.
 
         Raises:
           DataError: fewer than two pairs are left to train on.
         """
         self.dimension, self._config = config.dimension, config
-        self._features = features
-        chosen = [pair for pair in pairs if not _is_held_out(pair.picture.digest, config)]
-        chosen.sort(key=lambda pair: hash_content("order", config.seed, pair.picture.digest, pair.title))
-        chosen = chosen[: config.max_pairs]
+        self.truncated = 0
+        self._features: Store | None = features
+        usable = (pair for pair in pairs if not _is_held_out(pair.picture.digest, config))
+        # Of any number of pairs, `max_pairs` are in memory.
+        chosen = heapq.nsmallest(config.max_pairs, usable, lambda pair: hash_content("order", config.seed, pair.picture.digest, pair.title))
         if len(chosen) < 2:
-            raise DataError(f"embed: expected at least two pictures with titles to train on, got {len(chosen)} of {len(pairs)} pairs")
+            raise DataError(f"embed: expected at least two pictures with titles to train on, got {len(chosen)} that are not held out")
         contents = [[pair.picture.digest, pair.title, pair.caption] for pair in chosen]
-        key = hash_content("dual encoder", _VERSION, torch.__version__, to_dict(config), contents)
+        own = {name: value for name, value in to_dict(config).items() if name not in ("model", "text_model")}
+        key = hash_content("dual encoder", _VERSION, torch.__version__, own, contents)
         path = folder / f"{key}.safetensors"
         if not path.is_file():
             measured = np.stack([self._find_features(pair.picture) for pair in track(chosen, description="measure pictures")])
@@ -169,7 +172,13 @@ class LocalEmbedder:
         self._model = DualEncoder(config.dimension, state["mean"], state["scale"]).eval()
         self._model.load_state_dict(state)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to another process: without the store, which has one writer."""
+        return {**self.__dict__, "_features": None}
+
     def _find_features(self, picture: Picture) -> np.ndarray:
+        if self._features is None:
+            return measure_features(picture.open()).astype("<f2").astype(np.float32)
         key = hash_content("features", _VERSION, picture.digest)
         if key not in self._features:
             values = measure_features(picture.open()).astype("<f2")
@@ -190,4 +199,5 @@ class LocalEmbedder:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        self.truncated += sum(len(text.split()) > _LONGEST for text in texts)
         return self._model.embed_texts(texts).numpy()

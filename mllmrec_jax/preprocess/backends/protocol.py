@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from mllmrec_jax.config import ConfigError
 from mllmrec_jax.preprocess.store import Store, hash_content
-from mllmrec_jax.preprocess_config import Backend, PreprocessConfig
+from mllmrec_jax.preprocess_config import Backend, PreprocessConfig, Stage
 
-Task = Literal["caption", "pseudo_cot", "refine_cot"]
+Task = Literal["caption", "pseudo_cot", "refine_cot", "quality"]
 _VERSION = 1  # counts changes of what a request means
 
 
@@ -42,13 +43,17 @@ class Pair(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One text to write. `prompt` is what a language model reads; `items` and `draft` are the same as fields."""
+    """One text to write. `prompt` is what a language model reads; the fields below it are the same in parts.
+
+    `draft` is the trace to refine or to rate; `scale` is the scores that a rating may give.
+    """
 
     key: str
     task: Task
     prompt: str
     items: tuple[ShownItem, ...]
     draft: str = ""
+    scale: tuple[int, ...] = ()
 
 
 class Written(NamedTuple):
@@ -59,14 +64,26 @@ class Written(NamedTuple):
     usage: dict[str, float]
 
 
+class Unanswered(NamedTuple):
+    """Why a request has no text, in a few words that can be counted (`kind`) and in full. The next run asks it again."""
+
+    key: str
+    kind: str
+    detail: str
+    usage: dict[str, float]
+
+
 class Writer(Protocol):
-    """Writes captions and traces."""
+    """Writes captions and traces, and rates traces."""
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides its texts, beside the request, as plain JSON: part of every key."""
+        """Everything that decides its texts, beside the request, as plain JSON: part of every key.
+
+        Where it has an entry `tasks`, that maps each task to what decides the texts of that task alone.
+        """
         ...
 
-    def write(self, requests: Iterable[Request]) -> Iterator[Written]:
+    def write(self, requests: Iterable[Request]) -> Iterator[Written | Unanswered]:
         """Answers as they are ready, in any order; takes requests as it needs them, and may read ahead."""
         ...
 
@@ -78,6 +95,8 @@ class Embedder(Protocol):
     """
 
     dimension: int
+    truncated: int
+    """Texts given to it so far that are longer than it reads; what is beyond its limit counts for nothing."""
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides its vectors, as plain JSON: part of every key."""
@@ -96,10 +115,14 @@ class Embedder(Protocol):
         ...
 
 
-def make_request(task: Task, prompt: str, items: Sequence[ShownItem], writer: dict[str, Any], *, draft: str = "") -> Request:
+def make_request(
+    task: Task, prompt: str, items: Sequence[ShownItem], writer: dict[str, Any], *, draft: str = "", scale: tuple[int, ...] = ()
+) -> Request:
     """A request keyed by its prompt, its pictures' contents and the writer's description; `prompt` must hold all other fields."""
     digests = [item.picture.digest for item in items if item.picture is not None]
-    return Request(hash_content(_VERSION, task, writer, prompt, digests), task, prompt, tuple(items), draft)
+    if "tasks" in writer:
+        writer = {**writer, "tasks": writer["tasks"].get(task)}
+    return Request(hash_content(_VERSION, task, writer, prompt, digests), task, prompt, tuple(items), draft, scale)
 
 
 @functools.cache
@@ -109,13 +132,65 @@ def open_writer(backend: Backend, model: str, config: PreprocessConfig) -> Write
         from mllmrec_jax.preprocess.backends.local import LocalWriter
 
         return LocalWriter()
-    raise ValueError(f"backend: expected 'local', got {backend!r}")
+    if backend == "openai":
+        try:
+            from mllmrec_jax.preprocess.backends.openai import OpenaiWriter
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"backend 'openai': expected the package {error.name} (pip install mllmrec-jax[openai]), got none") from error
+
+        return OpenaiWriter(model or config.openai.model, config.openai)
+    if backend == "transformers":
+        from mllmrec_jax.preprocess.backends.transformers_writer import TransformersWriter
+
+        return TransformersWriter(model, config.transformers)
+    raise ValueError(f"backend: expected 'local', 'openai' or 'transformers', got {backend!r}")
 
 
-def open_embedder(config: PreprocessConfig, pairs: Sequence[Pair], open_store: Callable[[str], Store], folder: Path) -> Embedder:
+def open_embedder(config: PreprocessConfig, pairs: Iterable[Pair], open_store: Callable[[str], Store], folder: Path) -> Embedder:
     """The embedder that `embed.backend` names; one that learns does so from `pairs`, and keeps what it learned in `folder`."""
     if config.embed.backend == "local":
         from mllmrec_jax.preprocess.backends.local_encoder import LocalEmbedder
 
         return LocalEmbedder(pairs, config.embed, open_store("local_features"), folder / "local_encoders")
-    raise ValueError(f"embed.backend: expected 'local', got {config.embed.backend!r}")
+    return open_pretrained_embedder(config)
+
+
+def open_pretrained_embedder(config: PreprocessConfig) -> Embedder:
+    """The embedder that `embed.backend` names, where it is one that learns nothing from the catalogue."""
+    if config.embed.backend == "transformers":
+        from mllmrec_jax.preprocess.backends.transformers_embedder import TransformersEmbedder
+
+        return TransformersEmbedder(config.embed.model, config.transformers)
+    raise ConfigError(f"preprocess.embed.backend: expected 'local' or 'transformers', got '{config.embed.backend}'")
+
+
+def open_text_embedder(config: PreprocessConfig) -> Embedder | None:
+    """The embedder of texts alone that `embed.text_model` names; None where s'' is measured in the space of pictures and titles."""
+    if not config.embed.text_model:
+        return None
+    from mllmrec_jax.preprocess.backends.sentence_embedder import SentenceEmbedder
+
+    return SentenceEmbedder(config.embed.text_model, config.transformers)
+
+
+def check_backends(config: PreprocessConfig, stages: Collection[Stage]) -> None:
+    """Looks up what `stages` write and embed with, before anything is done.
+
+    Raises:
+      ConfigError: a model, a device, a key or a package that a backend needs is not there.
+    """
+    for name in ("caption", "pseudo_cot", "refine_cot"):
+        stage = getattr(config, name)
+        if name in stages and stage.enabled:
+            open_writer(stage.backend, stage.model, config)
+    if "quality" in stages and config.quality.samples:
+        for rater in config.quality.raters:
+            open_writer(rater.backend, rater.model, config)
+    if "embed" in stages and config.embed.backend == "transformers":
+        from mllmrec_jax.preprocess.backends.transformers_embedder import find_dual_encoder
+
+        find_dual_encoder(config.embed.model)
+    if "embed" in stages and config.embed.text_model:
+        from mllmrec_jax.preprocess.backends.sentence_embedder import find_sentence_model
+
+        find_sentence_model(config.embed.text_model)

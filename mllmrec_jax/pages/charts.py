@@ -1,4 +1,4 @@
-"""Inline SVG charts for the report: lines over steps, and means with intervals.
+"""Inline SVG charts for reports: lines over steps, means with intervals, histograms, radars.
 
 They carry no colours: the page's style sheet colours the classes `ink-<key>`, so one picture serves light and dark.
 """
@@ -244,3 +244,93 @@ def draw_difference(difference: float, low: float, high: float, *, least: float,
         f'<line class="whisker ink-{escape(ink)}" x1="{x_of(low):.1f}" x2="{x_of(high):.1f}" y1="8" y2="8"/>'
         f'<circle class="dot ink-{escape(ink)}" cx="{x_of(difference):.1f}" cy="8" r="4"/></svg>'
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A labelled value on a histogram's axis."""
+
+    label: str
+    ink: str
+    value: float
+
+
+def draw_histogram(
+    edges: Sequence[float], counts: Sequence[int], *, title: str, ink: str, marks: Sequence[Mark] = (), height: int = 188
+) -> Markup:
+    """Bars of `counts` between `edges` (one more than counts), and a vertical line for each mark.
+
+    Returns: an `<svg>`, or empty markup when nothing was counted.
+    """
+    if not sum(counts):
+        return Markup("")
+    left, right, top, bottom = 40.0, WIDTH - 12.0, 16.0 + 15 * len(marks), height - 24.0
+    low, high, most = edges[0], edges[-1], max(counts)
+
+    def x_of(value: float) -> float:
+        return left + (value - low) / ((high - low) or 1.0) * (right - left)
+
+    def y_of(count: float) -> float:
+        return bottom - count / ticks[-1] * (bottom - top)
+
+    ticks = [tick for tick in choose_ticks(0, most, count=3) if tick == round(tick)]
+    parts = []
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y_of(tick):.1f}" y2="{y_of(tick):.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y_of(tick) + 4:.1f}" text-anchor="end">{format_number(tick)}</text>')
+    for (start, end), count in zip(itertools.pairwise(edges), counts, strict=True):
+        if count:
+            x, width, y = x_of(start) + 0.4, max(x_of(end) - x_of(start) - 0.8, 0.8), y_of(count)
+            tip = f"{format_number(start)} to {format_number(end)}: {count:,}"
+            parts.append(f'<rect class="column ink-{escape(ink)}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{bottom - y:.1f}">')
+            parts.append(f"<title>{escape(tip)}</title></rect>")
+    for value in (low, (low + high) / 2, high):
+        anchor = "start" if value == low else "end" if value == high else "middle"
+        parts.append(f'<text class="tick" x="{x_of(value):.1f}" y="{height - 8}" text-anchor="{anchor}">{format_number(value)}</text>')
+    # The outermost mark is labelled highest: a label points to the middle and would lie across the lines of others.
+    for row, mark in enumerate(sorted(marks, key=lambda mark: -abs(x_of(mark.value) - (left + right) / 2))):
+        x, y = x_of(mark.value), 12.0 + 15 * row
+        side = "end" if x > (left + right) / 2 else "start"
+        parts.append(f'<line class="mark ink-{escape(mark.ink)}" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 8:.1f}" y2="{bottom}"/>')
+        parts.append(
+            f'<text class="end ink-{escape(mark.ink)}" x="{x + (-5 if side == "end" else 5):.1f}" y="{y:.1f}" text-anchor="{side}">'
+            f"{escape(mark.label)} {format_number(mark.value)}</text>"
+        )
+    marked = "".join(f"; {mark.label} at {format_number(mark.value)}" for mark in marks)
+    label = escape(f"{title}: {sum(counts):,} values from {format_number(low)} to {format_number(high)}{marked}.")
+    return Markup(f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
+
+
+def draw_radar(axes: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]]], *, title: str, rings: Sequence[float]) -> Markup:
+    """A polygon a series of (label, ink, a value an axis), the first axis at the top; `rings` are the ticks, the first at the centre."""
+    size, middle, radius = 268, WIDTH / 2, 96.0
+    low, high = rings[0], rings[-1]
+
+    def place(axis: int, value: float) -> tuple[float, float]:
+        angle, reach = 2 * math.pi * axis / len(axes), (value - low) / (high - low) * radius
+        return middle + reach * math.sin(angle), size / 2 - reach * math.cos(angle)
+
+    def outline(values: Sequence[float]) -> str:
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(axis, value) for axis, value in enumerate(values)))
+
+    parts = [f'<polygon class="ring" points="{outline([ring] * len(axes))}"/>' for ring in rings[1:]]
+    for axis, name in enumerate(axes):
+        x, y = place(axis, high)
+        parts.append(f'<line class="grid" x1="{middle}" y1="{size / 2}" x2="{x:.1f}" y2="{y:.1f}"/>')
+        x, y = place(axis, high + 0.09 * (high - low))
+        anchor = "middle" if abs(x - middle) < 1 else "start" if x > middle else "end"
+        parts.append(f'<text class="row-label" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
+    for ring in rings:
+        x, y = place(0, ring)
+        parts.append(f'<text class="tick" x="{x + 4:.1f}" y="{y + 10:.1f}">{format_number(ring)}</text>')
+    tips = []
+    for label, ink, values in series:
+        tip = f"{label}: " + ", ".join(f"{name} {format_number(value)}" for name, value in zip(axes, values, strict=True))
+        tips.append(tip)
+        parts.append(f'<polygon class="area ink-{escape(ink)}" points="{outline(values)}"><title>{escape(tip)}</title></polygon>')
+        parts += [
+            f'<circle class="dot ink-{escape(ink)}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+            for x, y in (place(axis, value) for axis, value in enumerate(values))
+        ]
+    label = escape(f"{title}. {'; '.join(tips)}.")
+    return Markup(f'<svg class="plot" viewBox="0 0 {WIDTH} {size}" role="img" aria-label="{label}">{"".join(parts)}</svg>')

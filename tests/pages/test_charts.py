@@ -11,15 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllmrec_jax.evaluate.charts import (
+from mllmrec_jax.pages.charts import (
     MAX_POINTS,
     Interval,
+    Mark,
     Series,
     bin_points,
     choose_ticks,
     draw_difference,
+    draw_histogram,
     draw_intervals,
     draw_lines,
+    draw_radar,
     find_cap,
     format_number,
     smooth_points,
@@ -121,3 +124,35 @@ def test_differences_share_one_scale_and_lie_on_their_side_of_zero():
     above, below = places(0.2, 0.1, 0.3), places(-0.05, -0.1, -0.01)
     assert above == sorted(above) and above[0] == below[0]
     assert below[1] < below[2] < below[3] < below[0]
+
+
+def parse(picture: str) -> ElementTree.Element:
+    return ElementTree.fromstring(picture)
+
+
+def test_a_histogram_has_a_bar_a_filled_bin_and_a_labelled_line_a_mark():
+    marks = [Mark("inner", "sft", 0.6), Mark("outer <b>", "oracle", 0.9)]
+    root = parse(draw_histogram([0.0, 0.25, 0.5, 0.75, 1.0], [3, 0, 8, 1], title="s <i>", ink="grpo", marks=marks))
+    bars = [one for one in root.iter() if one.get("class", "").startswith("column")]
+    assert len(bars) == 3
+    heights = [float(bar.get("height", "0")) for bar in bars]
+    assert heights[1] == max(heights) and math.isclose(heights[0] / heights[1], 3 / 8, rel_tol=0.02)
+    lines = [one for one in root.iter() if one.get("class", "").startswith("mark")]
+    assert [line.get("class") for line in lines] == ["mark ink-oracle", "mark ink-sft"]  # the outer one is the taller
+    assert float(lines[0].get("y1", "0")) < float(lines[1].get("y1", "0"))
+    assert "12 values" in root.get("aria-label", "") and "<i>" in root.get("aria-label", "")
+    assert not draw_histogram([0.0], [], title="", ink="sft") and not draw_histogram([0.0, 1.0], [0], title="", ink="sft")
+    assert draw_histogram([2.0, 2.0], [5], title="one value", ink="sft")
+
+
+def test_a_radar_reaches_its_edge_at_the_highest_score_and_its_centre_at_the_lowest():
+    axes = ["a", "b", "c", "d", "e"]
+    root = parse(draw_radar(axes, [("low", "second", [1] * 5), ("high", "grpo", [5] * 5)], title="t", rings=[1, 2, 3, 4, 5]))
+    areas = [one.get("points", "") for one in root.iter() if "area" in one.get("class", "")]
+    low, high = ([tuple(map(float, point.split(","))) for point in area.split()] for area in areas)
+    assert len(set(low)) == 1 and len(high) == 5
+    distances = [math.dist(point, low[0]) for point in high]
+    assert max(distances) - min(distances) < 0.2
+    rings = [one for one in root.iter() if one.get("class") == "ring"]
+    assert len(rings) == 4 and rings[-1].get("points") == areas[1]
+    assert high[0][1] < low[0][1] and math.isclose(high[0][0], low[0][0])  # the first axis is at the top

@@ -1,0 +1,1 @@
+"""What HTML reports are made of: one file each, without scripts and without any request."""
