@@ -63,3 +63,19 @@ def test_row_leaves_out_the_warm_up_and_splits_each_step(peer_work: ModuleType) 
 def test_row_refuses_steps_without_their_generation(peer_work: ModuleType) -> None:
     with pytest.raises(ValueError, match="got 1 generations in 2 steps"):
         peer_work.make_row("peer", peer_work.PeerWork(), {}, [], step_s=[1.0, 1.0], generate_s=[1.0], cpu_s=[1.0, 1.0], warmup=0)
+
+
+def test_table_is_of_medians_within_rounds() -> None:
+    """A machine that is twice as slow in one round changes no ratio."""
+    path = SCRIPT.with_name("compare.py")
+    spec = importlib.util.spec_from_file_location("compare_peers", path)
+    assert spec is not None and spec.loader is not None
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+
+    def make_round(slow: float) -> dict[str, dict[str, dict[str, float]]]:
+        ours, theirs = ({phase: {"p50": slow * seconds} for phase in compare.PHASES} for seconds in (0.5, 4.0))
+        return {"mllmrec-jax": ours, "trl": theirs}
+
+    table = compare.summarise_rounds([make_round(1.0), make_round(2.0), make_round(1.0)])
+    assert table["trl"]["step_s x"] == 8 and table["trl"]["step_s"] == 4 and table["mllmrec-jax"]["update_s x"] == 1

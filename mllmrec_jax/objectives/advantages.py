@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 # Keeps a group of equal rewards at advantage 0 instead of 0 / 0.
@@ -29,6 +30,6 @@ def compute_advantages(reward: Float[Array, "B G"], *, scale: Literal["none", "g
     raise ValueError(f"scale: must be 'none', 'group' or 'batch', was {scale!r}")
 
 
-def find_no_signal(reward: Float[Array, "B G"]) -> Bool[Array, " B"]:
-    """Groups whose members all got the same reward: their advantages are 0 and they teach nothing."""
-    return jnp.all(reward == reward[:, :1], axis=1)
+def find_no_signal(reward: Float[np.ndarray, "B G"]) -> Bool[np.ndarray, " B"]:
+    """Groups whose members all got the same reward: their advantages are 0 and they teach nothing. NumPy."""
+    return np.all(reward == reward[:, :1], axis=1)

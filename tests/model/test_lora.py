@@ -10,7 +10,7 @@ from flax import nnx
 
 from mllmrec_jax.config import ALL_LINEARS, LinearName, LoraConfig, ModelConfig
 from mllmrec_jax.data.group_batch import GroupBatch
-from mllmrec_jax.model.lora import Linear, LoraParam, add_adapters, merge_adapters
+from mllmrec_jax.model.lora import Linear, LoraParam, add_adapters, apply_adapter, merge_adapters
 from mllmrec_jax.model.qwen3 import Decoder
 
 CONFIG = ModelConfig(
@@ -155,3 +155,20 @@ def test_same_seed_same_adapter_and_layers_differ() -> None:
     for path, variable in first.items():
         np.testing.assert_array_equal(variable[...], second[path][...])
         assert np.any(variable[...][0] != variable[...][1])
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_written_gradients_are_those_of_the_formula(dtype: str, error: float) -> None:
+    """Of x, A and B against differentiation of the formula in float32, relative to each gradient's size."""
+    shapes = {"x": (2, 3, 5, 12), "a": (12, 4), "b": (4, 9), "g": (2, 3, 5, 9)}
+    x, a, b, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes.values()))
+    scale = jnp.float32(1.5)
+    expected = jax.grad(lambda x, a, b: jnp.vdot(x @ a @ b * scale, g), argnums=(0, 1, 2))(x, a, b)
+
+    def apply(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.vdot(apply_adapter(x, a, b, scale).astype(jnp.float32), g)
+
+    got = jax.jit(jax.grad(apply, argnums=(0, 1, 2)))(x.astype(dtype), a, b)
+    assert [y.dtype for y in got] == [jnp.dtype(dtype), jnp.float32, jnp.float32]
+    for y, expected_y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(y.astype(jnp.float32), expected_y, atol=error * float(jnp.abs(expected_y).max()))

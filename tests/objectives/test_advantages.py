@@ -28,7 +28,7 @@ def test_equal_rewards_give_exactly_nothing(scale):
 
 
 def test_groups_without_signal_are_found():
-    np.testing.assert_array_equal(find_no_signal(REWARD), [False, True, False])
+    np.testing.assert_array_equal(find_no_signal(np.asarray(REWARD)), [False, True, False])
 
 
 def test_unknown_scale_is_named():
