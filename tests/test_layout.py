@@ -23,6 +23,7 @@ ROOMS = (
     "config",
     "resources",
     "progress",
+    "pages",
     "distributed",
     "prompts",
     "data",
@@ -42,6 +43,8 @@ ROOMS = (
     "compiled",
     "communication",
     "bench",
+    "profiler",
+    "plan",
     "cli",
 )
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
@@ -191,7 +194,9 @@ def test_everything_imported_is_a_declared_dependency() -> None:
     # `import spellchecker` is the distribution pyspellchecker, which only an environment that has the extra `preprocess` can tell.
     pytest.importorskip("torch", reason="an environment without the extras does not know their distributions' names")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["gpu"], *project["optional-dependencies"]["preprocess"]]
+    extras = project["optional-dependencies"]
+    used = ("gpu", "preprocess", "openai", "sentence-transformers", "minilm", "ray")
+    requirements = [*project["dependencies"], *(requirement for extra in used for requirement in extras[extra])]
     declared = {_normalise(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in requirements}
     distributions = importlib.metadata.packages_distributions()
     for path in list_sources("mllmrec_jax", "kernels", "launch"):
