@@ -144,7 +144,7 @@ def _attention_flops(model: ModelConfig, pairs: float) -> float:
     return 4.0 * model.num_layers * pairs * model.num_heads * model.head_dim
 
 
-def _cache_bytes(model: ModelConfig, tokens: int) -> float:
+def count_cache(model: ModelConfig, tokens: int) -> float:
     """Keys and values of `tokens` tokens in all layers, as `model.cache_dtype` keeps them, once."""
     heads = model.num_layers * tokens * model.num_kv_heads
     # In 8 bits, a float32 scale a head and token.
@@ -163,7 +163,7 @@ def count_prefill(model: ModelConfig, sizes: Sizes, *, lora: LoraConfig | None =
     linears, pairs = count_linears(model, lora), count_prompt_pairs(sizes)
     tokens = sizes.prompts * sizes.prompt_tokens
     trunk = 2.0 * model.num_layers * (linears.kernels + linears.adapters) * tokens
-    moved = _weight_bytes(model, lora) + _cache_bytes(model, tokens) + tokens * model.hidden_size * _itemsizes(model)[0]
+    moved = _weight_bytes(model, lora) + count_cache(model, tokens) + tokens * model.hidden_size * _itemsizes(model)[0]
     return Work(trunk + _attention_flops(model, pairs.executed), trunk + _attention_flops(model, pairs.needed), moved)
 
 
@@ -184,7 +184,7 @@ def count_decode(model: ModelConfig, sizes: Sizes, *, lora: LoraConfig | None = 
     trunk = 2.0 * model.num_layers * (linears.kernels + linears.adapters) * b * g * steps
     executed, needed = b * _pad(g, QUERY_BLOCK) * steps * (p + c), b * g * steps * (p + c / 2)
     # The keys and values of new tokens are read whole and written once.
-    cached = _cache_bytes(model, b * p) + _cache_bytes(model, b * g * (c + 1))
+    cached = count_cache(model, b * p) + count_cache(model, b * g * (c + 1))
     moved = steps * (_weight_bytes(model, lora) + cached)
     return Work(trunk + _attention_flops(model, executed), trunk + _attention_flops(model, needed), moved)
 

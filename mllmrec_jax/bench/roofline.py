@@ -82,7 +82,14 @@ def measure_ceilings(
     return Ceilings(flops, bandwidth, rows)
 
 
-def place_phase(name: str, seconds: float, work: Work, ceilings: Ceilings, *, executed_bytes: float | None = None) -> dict[str, Any]:
+def place_phase(
+    name: str,
+    seconds: float,
+    work: Work,
+    ceilings: Ceilings,
+    *,
+    executed_bytes: float | None = None,
+) -> dict[str, Any]:
     """Where a phase that takes `seconds` stands below the roofline.
 
     `share` is its roofline time, max(FLOPs / peak, least bytes / bandwidth), over its measured time.
@@ -139,10 +146,11 @@ def bench_roofline(config: RunConfig, *, repeats: int = 10) -> dict[str, Any]:
     def logprob(trained: Any, frozen: Any, hidden: jax.Array, hidden_ref: jax.Array | None, group: GroupBatch) -> Any:
         head = jax.lax.stop_gradient(merge(trained, frozen).head_weight)
 
-        def total(hidden: jax.Array) -> jax.Array:
-            return jnp.sum(completion_logprobs(hidden, head, group, config.logprob, hidden_ref=hidden_ref, **options).logp)
+        def total(hidden: jax.Array) -> Any:
+            out = completion_logprobs(hidden, head, group, config.logprob, hidden_ref=hidden_ref, **options)
+            return jnp.sum(out.logp), out  # all of it, or the compiler would leave the reference out
 
-        return jax.value_and_grad(total)(hidden)
+        return jax.value_and_grad(total, has_aux=True)(hidden)
 
     prompts, sampled = work.draw_prompts(0), work.draw_completions()
     update_arguments = work.update_arguments(prompts, sampled)
