@@ -139,6 +139,6 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.d
         stream.write(len(text).to_bytes(8, "little") + text)
         for array, shape in zip(arrays, shapes.values(), strict=True):
             assert array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
-            stream.write(array.view(np.uint8))
+            stream.write(array.view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -52,7 +52,12 @@ def _apply_backward(residuals: tuple[jax.Array, ...], gradient: jax.Array) -> tu
     def sum_tokens(narrow: jax.Array, wide: jax.Array) -> jax.Array:
         return jax.lax.dot_general(narrow, wide, ((tokens, tokens), ((), ())))
 
-    return low_gradient @ a.astype(x.dtype).T, sum_tokens(low_gradient, x).T.astype(a.dtype), sum_tokens(low, gradient).astype(b.dtype), None
+    return (
+        low_gradient @ a.astype(x.dtype).T,
+        sum_tokens(low_gradient, x).T.astype(a.dtype),
+        sum_tokens(low, gradient).astype(b.dtype),
+        None,
+    )
 
 
 apply_adapter.defvjp(_apply_forward, _apply_backward)

@@ -254,8 +254,8 @@ class Decoder(nnx.Module):
             prompt, cached = own
             new = KeyValues(*(pack(x, self.config.cache_dtype) for x in (k, v)))
             grown = jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, axis=2), cached, new)
-            held = (unpack(x, q.dtype) for x in (*grown, *prompt))
-            return attend_group(q[:, :, None], *held, prompt_length, start=index)[:, :, 0], grown
+            own_k, own_v, prompt_k, prompt_v = (unpack(x, q.dtype) for x in (*grown, *prompt))
+            return attend_group(q[:, :, None], own_k, own_v, prompt_k, prompt_v, prompt_length, start=index)[:, :, 0], grown
 
         per_layer = (prompt_cache, cache)
         (x,), cache, inputs = self._run_layers(

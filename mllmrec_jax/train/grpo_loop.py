@@ -259,14 +259,17 @@ def run_grpo(
                 began = max(began, finish(*pending))
             with name_wait("rollout"):
                 rollout = jax.block_until_ready(rollout)
+            activations, rollout = rollout.activations, rollout._replace(activations=None)
             generated = time.perf_counter()
             with name_host_work("reward"):
                 sampled = judge_rollout(batch, rollout, shards.item_id, tokenizer, grpo, titles)
                 outcome = share_outcome(sampled, grpo.accumulation)
             dispatched = time.perf_counter()
             with name_host_work("dispatch update"):
-                grpo_batch = to_grpo_batch(sampled, outcome, grpo, stage.places, rollout.activations)
+                grpo_batch = to_grpo_batch(sampled, outcome, grpo, stage.places, activations)
+                del activations  # their memory is the update's, once they are cut into micro-batches
                 state, metrics = update_policy(step_fn, state, policy.frozen, reference, grpo_batch, grpo.updates_per_rollout)
+                del grpo_batch
             values = {**metrics, **summarise_rollout(outcome), "reward_s": dispatched - generated, "generate_s": generated - began}
             values["tokens"] = int(outcome.prompt_length.sum() + outcome.completion_length.sum())
             pending = step, values, dispatched, clock.note(metrics)

@@ -40,6 +40,7 @@ class CountingEmbedder:
     """Vectors that depend on the content alone; counts what it is asked."""
 
     dimension = 4
+    truncated = 0
 
     def __init__(self, name: str = "a"):
         self.name = name
