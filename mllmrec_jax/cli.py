@@ -234,6 +234,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         resumes = any(_RESUME in COMMANDS[word].options for word in words[:1] if word in COMMANDS)
         print(f"interrupted; {'go on with --resume' if resumes else 'run the same command again to go on'}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if "preprocess" not in words[:2] or (error.name or "mllmrec_jax").startswith("mllmrec_"):
+            raise
+        print(f"error: preprocess needs {error.name}, which is not installed: pip install 'mllmrec-jax[preprocess]'", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, RuntimeError, OSError) as error:
         if not isinstance(error, OSError) and not type(error).__module__.startswith("mllmrec_"):
             raise

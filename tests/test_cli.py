@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +63,14 @@ def test_ctrl_c_says_how_to_go_on(command: str, advice: str, monkeypatch: pytest
         cli.main([command, "quickstart"])
     said = capsys.readouterr().err
     assert stopped.value.code == cli.INTERRUPTED and advice in said and ("--resume" in said) == (command == "run")
+
+
+@pytest.mark.parametrize("words", [["preprocess", "preprocess/posterworld_local"], ["bench", "preprocess"]])
+def test_preprocessing_without_its_packages_says_what_to_install(words: list[str], tmp_path: Path) -> None:
+    program = f"import sys; sys.modules['spellchecker'] = None; from mllmrec_jax.cli import main; main({words})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[-1]
+        == "error: preprocess needs spellchecker, which is not installed: pip install 'mllmrec-jax[preprocess]'"
+    )

@@ -192,7 +192,11 @@ def test_scaling(tmp_path: Path) -> None:
         (["step", "--plot", "x.svg"], "--plot: belongs to"),
         (["step", "--compare", "none.json"], "none.json: cannot be read"),
         (["step", "--prompt.max_prompt_tokens", "5000"], "5000 tokens and 32 new tokens need 5032 positions"),
-        (["preprocess", "--data.source", "movielens", "--data.path", "x"], "data.source: expected 'posterworld'"),
+        pytest.param(
+            ["preprocess", "--data.source", "movielens", "--data.path", "x"],
+            "data.source: expected 'posterworld'",
+            marks=pytest.mark.skipif(find_spec("torch") is None, reason="needs the extra `preprocess`"),
+        ),
     ],
 )
 def test_bad_options_are_one_message(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
