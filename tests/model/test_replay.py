@@ -73,11 +73,12 @@ def test_values_and_gradients_equal_encoding_again(trained: Any, tied: bool) -> 
     batch, activations = sample(model)
     again = differentiate(model, batch, trained, lambda m: encode(m, batch))
     kept = differentiate(model, batch, trained, lambda m: replay_group(m, batch, activations, trained=trained))
-    np.testing.assert_allclose(kept[0], again[0], atol=1e-5)
+    # To 1e-5 of the largest entry, as sharded steps are held to one device's.
+    np.testing.assert_allclose(kept[0], again[0], rtol=0, atol=1e-5 * float(jnp.abs(again[0]).max()))
     size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(again[1]))
     assert size > 0.1
     for a, b in zip(jax.tree.leaves(kept[1]), jax.tree.leaves(again[1]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * size)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * size)
 
 
 def test_bfloat16_differs_by_rounding_alone() -> None:
