@@ -30,7 +30,8 @@ from .kill_preprocess import read_outputs
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DISABLE_IMPORT_WARNING="1", RAY_DEDUP_LOGS="0", RAY_enable_metrics_collection="0")
 ray = pytest.importorskip("ray", reason="needs Ray (extra `ray`)")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
-pytestmark = pytest.mark.slow
+# Ray starts its daemons by fork and exec, which warns where an earlier test of this process has used JAX's threads.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")]
 
 from mllmrec_jax.preprocess.ray_runner import RayRunner  # noqa: E402
 
