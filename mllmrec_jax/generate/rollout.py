@@ -121,7 +121,7 @@ def rollout_group(
         state["predicting"] = constrain(jnp.zeros((b, g, c, size), dtype), "batch", None, None, None)
         state["inputs"] = constrain(jnp.zeros((model.config.num_layers, b, g, c, size), dtype), None, "batch", None, None, None)
     state = record(state, *(jnp.broadcast_to(x[:, None], (b, g, x.shape[-1])) for x in (first.hidden, first.output)))
-    cache = jax.tree.map(lambda x: constrain(x, None, "batch", None, None, "heads", None), make_empty_cache(first.cache, g, c))
+    cache = jax.tree.map(lambda x: constrain(x, None, "batch", "heads", None, None, None), make_empty_cache(first.cache, g, c))
 
     def unfinished(carry: tuple[dict[str, jax.Array], KeyValues]) -> jax.Array:
         return (carry[0]["index"] < c) & ~jnp.all(carry[0]["stopped"])

@@ -89,25 +89,20 @@ def attend_prompt(q: Float[Array, "B P H d"], k: Float[Array, "B P K d"], v: Flo
 
 @jax.named_scope("attend")
 def attend_group(
-    q: Float[Array, "B G Q H d"],
+    q: Float[Array, "B G C H d"],
     k: Float[Array, "B G C K d"],
     v: Float[Array, "B G C K d"],
     prompt_k: Float[Array, "B P K d"],
     prompt_v: Float[Array, "B P K d"],
     length: Int[Array, " B"],
-    *,
-    start: jax.Array | int = 0,
-) -> Float[Array, "B G Q H d"]:
-    """Attention of completion tokens to their prompt (stored once a group) and to their own member's earlier tokens.
-
-    Query row t stands at completion index `start + t`: Q = C and start = 0 in training, Q = 1 and start = t in decoding.
-    """
+) -> Float[Array, "B G C H d"]:
+    """Attention of completion tokens to their prompt (stored once a group) and to their own member's tokens up to themselves."""
     b, g, rows, h, d = q.shape
     c, kv = k.shape[2], k.shape[3]
     p = prompt_k.shape[1]
     q = q.reshape(b, g, rows, kv, h // kv, d) * d**-0.5
     in_prompt = jnp.arange(p)[None, :] < length[:, None]
-    causal = jnp.arange(c)[None, :] <= (start + jnp.arange(rows))[:, None]
+    causal = jnp.arange(c)[None, :] <= jnp.arange(rows)[:, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         members = q.shape[1]
@@ -137,3 +132,32 @@ def attend_group(
 
     out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)), (split(q), split(k), split(v)))
     return out.swapaxes(0, 1).reshape(b, blocks * members, rows, h, d)[:, :g]
+
+
+@jax.named_scope("attend")
+def attend_cached(
+    q: Float[Array, "B G H d"],
+    k: Float[Array, "B K G C d"],
+    v: Float[Array, "B K G C d"],
+    prompt_k: Float[Array, "B K P d"],
+    prompt_v: Float[Array, "B K P d"],
+    length: Int[Array, " B"],
+    index: Int[Array, ""],
+) -> Float[Array, "B G H d"]:
+    """`attend_group` of the members' token number `index` alone, on a cache whose later slots hold anything finite.
+
+    The cache has its heads first: matrix products take it as it lies, and nothing is transposed at every token. A group's queries meet
+    the prompt's keys in one product.
+    """
+    b, g, h, d = q.shape
+    kv, c, p = k.shape[1], k.shape[3], prompt_k.shape[2]
+    r = h // kv
+    q = (q * d**-0.5).reshape(b, g, kv, r, d).transpose(0, 2, 1, 3, 4)
+    to_prompt = jnp.einsum("bkmd,bkpd->bkmp", q.reshape(b, kv, g * r, d), prompt_k).reshape(b, kv, g, r, p)
+    to_own = jnp.einsum("bkgrd,bkgcd->bkgrc", q, k)
+    in_prompt = (jnp.arange(p) < length[:, None])[:, None, None, None, :]
+    mask = [jnp.broadcast_to(in_prompt, (b, 1, 1, 1, p)), jnp.broadcast_to(jnp.arange(c) <= index, (b, 1, 1, 1, c))]
+    weights = _softmax(jnp.concatenate([to_prompt, to_own], axis=-1), jnp.concatenate(mask, axis=-1)).astype(v.dtype)
+    out = jnp.einsum("bkmp,bkpd->bkmd", weights[..., :p].reshape(b, kv, g * r, p), prompt_v).reshape(b, kv, g, r, d)
+    out += jnp.einsum("bkgrc,bkgcd->bkgrd", weights[..., p:], v)
+    return out.transpose(0, 2, 1, 3, 4).reshape(b, g, h, d)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int8
 
 
 class KeyValues(NamedTuple):
-    """Of every layer; a prompt's `[L, B, P, K, d]`, a group's completions' `[L, B, G, C, K, d]`; arrays or `Quantised`."""
+    """Of every layer, heads first, as attention reads them: a prompt's `[L, B, K, P, d]`, a group's completions' `[L, B, K, G, C, d]`;
+    arrays or `Quantised`."""
 
     k: Any
     v: Any
@@ -20,11 +21,11 @@ class Quantised(NamedTuple):
     """One vector of a head is `values * scale`: symmetric, a scale for each token and head (as in KVQuant, arXiv:2401.18079, without its
     outliers)."""
 
-    values: Int8[Array, "... K d"]
-    scale: Float[Array, "... K 1"]
+    values: Int8[Array, "... d"]
+    scale: Float[Array, "... 1"]
 
 
-def pack(x: Float[Array, "... K d"], dtype: str) -> Any:
+def pack(x: Float[Array, "... d"], dtype: str) -> Any:
     """`x` as it is kept: dtype `compute` keeps it as it is, `bfloat16` rounds, `int8` quantises."""
     if dtype == "compute":
         return x
@@ -35,7 +36,7 @@ def pack(x: Float[Array, "... K d"], dtype: str) -> Any:
     return Quantised(values.astype(jnp.int8), scale)
 
 
-def unpack(x: Any, dtype: Any) -> Float[Array, "... K d"]:
+def unpack(x: Any, dtype: Any) -> Float[Array, "... d"]:
     """What `pack` was given, up to its rounding, as `dtype`."""
     return (x.values * x.scale).astype(dtype) if isinstance(x, Quantised) else x.astype(dtype)
 
@@ -44,7 +45,7 @@ def make_empty_cache(prompt: KeyValues, group_size: int, new_tokens: int) -> Key
     """Zeros for the completions of a group, stored as `prompt` is."""
 
     def empty(x: jax.Array) -> jax.Array:
-        layers, b, _, *rest = x.shape
-        return jnp.zeros((layers, b, group_size, new_tokens, *rest), x.dtype)
+        layers, b, heads, _, size = x.shape
+        return jnp.zeros((layers, b, heads, group_size, new_tokens, size), x.dtype)
 
     return jax.tree.map(empty, prompt)

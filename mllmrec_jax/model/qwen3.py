@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mllmrec_jax.config import ModelConfig
 from mllmrec_jax.data.group_batch import GroupBatch
-from mllmrec_jax.model.attention import attend_group, attend_prompt, rotate
+from mllmrec_jax.model.attention import attend_cached, attend_group, attend_prompt, rotate
 from mllmrec_jax.model.kv_cache import KeyValues, pack, unpack
 from mllmrec_jax.model.lora import Linear, draw_normal
 from mllmrec_jax.sharding import constrain, gather_weights, take_rows
@@ -228,7 +228,7 @@ class Decoder(nnx.Module):
         stored = self.config.cache_dtype
 
         def attend(_: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValues]:
-            return attend_prompt(q, k, v), KeyValues(pack(k, stored), pack(v, stored))
+            return attend_prompt(q, k, v), KeyValues(*(pack(jnp.swapaxes(x, 1, 2), stored) for x in (k, v)))
 
         position = jnp.broadcast_to(jnp.arange(p), (b, p))
         (x,), cache, inputs = self._run_layers(self.embed(prompt), position, attend, adapters=(adapters,), keep_inputs=keep_inputs)
@@ -252,10 +252,9 @@ class Decoder(nnx.Module):
 
         def attend(own: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValues]:
             prompt, cached = own
-            new = KeyValues(*(pack(x, self.config.cache_dtype) for x in (k, v)))
-            grown = jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, axis=2), cached, new)
-            own_k, own_v, prompt_k, prompt_v = (unpack(x, q.dtype) for x in (*grown, *prompt))
-            return attend_group(q[:, :, None], own_k, own_v, prompt_k, prompt_v, prompt_length, start=index)[:, :, 0], grown
+            new = KeyValues(*(pack(jnp.swapaxes(x, 1, 2), self.config.cache_dtype) for x in (k, v)))
+            grown = jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, axis=3), cached, new)
+            return attend_cached(q, *(unpack(x, q.dtype) for x in (*grown, *prompt)), prompt_length, index), grown
 
         per_layer = (prompt_cache, cache)
         (x,), cache, inputs = self._run_layers(

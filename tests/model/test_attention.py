@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mllmrec_jax.config import RopeScalingConfig
 from mllmrec_jax.model import attention
-from mllmrec_jax.model.attention import NO_ROPE_SCALING, attend_group, attend_prompt, rotary_frequencies, rotate
+from mllmrec_jax.model.attention import NO_ROPE_SCALING, attend_cached, attend_group, attend_prompt, rotary_frequencies, rotate
 
 THETA = 1000.0
 
@@ -58,13 +58,15 @@ def test_one_row_at_a_time_equals_all_rows() -> None:
     b, g, c, p = 2, 3, 4, 5
     q, k, v, prompt_k, prompt_v = draw(2, (b, g, c, 4, 6), (b, g, c, 2, 6), (b, g, c, 2, 6), (b, p, 2, 6), (b, p, 2, 6))
     length = jnp.array([5, 2])
-    attend = jax.jit(lambda *arrays, start: attend_group(*arrays, start=start))
-    whole = attend(q, k, v, prompt_k, prompt_v, length, start=jnp.int32(0))
+    whole = jax.jit(attend_group)(q, k, v, prompt_k, prompt_v, length)
+    attend = jax.jit(attend_cached)
+    k, v = (jnp.moveaxis(x, 3, 1) for x in (k, v))  # the cache has its heads first
+    prompt_k, prompt_v = (jnp.swapaxes(x, 1, 2) for x in (prompt_k, prompt_v))
     for t in range(c):
         # Slots of the cache that are not written yet hold anything at all.
-        garbage = jnp.where(jnp.arange(c)[:, None, None] <= t, k, 1e4)
-        row = attend(q[:, :, t : t + 1], garbage, v, prompt_k, prompt_v, length, start=jnp.int32(t))
-        np.testing.assert_allclose(row[:, :, 0], whole[:, :, t], atol=1e-6)
+        garbage = jnp.where(jnp.arange(c)[:, None] <= t, k, 1e4)
+        row = attend(q[:, :, t], garbage, v, prompt_k, prompt_v, length, jnp.int32(t))
+        np.testing.assert_allclose(row, whole[:, :, t], atol=1e-6)
 
 
 @pytest.mark.parametrize("block", [2, 4, 12])

@@ -34,7 +34,7 @@ from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model import hf_tensors, hf_weights
 from mllmrec_jax.model.hf_config import read_model_config
 from mllmrec_jax.model.hf_weights import WeightsError, export_adapters, export_weights, load_weights, weights_hash
-from mllmrec_jax.model.kv_cache import KeyValues
+from mllmrec_jax.model.kv_cache import KeyValues, make_empty_cache
 from mllmrec_jax.model.lora import LoraParam, add_adapters, merge_adapters
 from mllmrec_jax.model.qwen3 import Decoder
 
@@ -157,8 +157,7 @@ def generate_greedily(model: Decoder, prompt: jax.Array, length: jax.Array, step
     """[B, G, steps]; all members of a group take the same path."""
     first, prompt_cache = prefill(model, prompt, length)
     token = jnp.repeat(first[:, None], members, axis=1)
-    layers, b, _, kv, d = prompt_cache.k.shape
-    cache = KeyValues(*(jnp.zeros((layers, b, members, steps, kv, d), prompt_cache.k.dtype) for _ in range(2)))
+    cache = make_empty_cache(prompt_cache, members, steps)
     tokens = [token]
     for index in range(steps - 1):
         token, cache = decode(model, token, jnp.int32(index), length, prompt_cache, cache)

@@ -135,9 +135,9 @@ def test_prefill_and_decoding_equal_encoding(family: Any) -> None:
     prompt, completion = encode(model, batch)
     last, prompt_cache = prefill(model, batch)
     np.testing.assert_allclose(last, prompt[jnp.arange(B), PROMPT_LENGTH - 1], atol=1e-5)
-    assert prompt_cache.k.shape == (CONFIG.num_layers, B, P, CONFIG.num_kv_heads, CONFIG.head_dim)  # once a group, not once a member
+    assert prompt_cache.k.shape == (CONFIG.num_layers, B, CONFIG.num_kv_heads, P, CONFIG.head_dim)  # once a group, not once a member
     # A cache that holds garbage: only what was written may be read.
-    cache = KeyValues(*(jnp.full((CONFIG.num_layers, B, G, C, CONFIG.num_kv_heads, CONFIG.head_dim), 1e3) for _ in range(2)))
+    cache = KeyValues(*(jnp.full((CONFIG.num_layers, B, CONFIG.num_kv_heads, G, C, CONFIG.head_dim), 1e3) for _ in range(2)))
     for t in range(C):
         hidden, cache = decode(model, batch.completion[:, :, t], jnp.int32(t), prompt_cache, cache)
         np.testing.assert_allclose(hidden, completion[:, :, t], atol=1e-5)
