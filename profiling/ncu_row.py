@@ -106,6 +106,8 @@ def run_ncu(command: list[str], *, kernel: str, skip: int) -> str:
         raise NcuError("ncu: expected Nsight Compute's command on the PATH, found none; it comes with the CUDA toolkit")
     sections = [word for section in SECTIONS for word in ("--section", section)]
     chosen = ["--kernel-name", f"regex:{kernel}", "--launch-skip", str(skip), "--launch-count", "1", "--target-processes", "all"]
+    # ncu would hold the clocks at their base: times are of the clocks that the kernel runs at, and no setting of the device is touched.
+    chosen += ["--clock-control", "none"]
     done = subprocess.run([ncu, "--csv", "--page", "details", *sections, *chosen, *command], capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     if "ERR_NVGPUCTRPERM" in said:

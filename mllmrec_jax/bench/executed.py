@@ -1,7 +1,8 @@
 """What XLA counts for a function, loops included.
 
 XLA's cost analysis takes the body of a loop once, however often it runs. Here each loop's body is counted as a program of its own and
-multiplied: a scan says its length, a while loop's is for the caller to say.
+multiplied: a scan says its length, a while loop's is for the caller to say. XLA does not see into Triton kernels: a program that launches
+one is not counted at all, rather than too low.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Executed(NamedTuple):
 
 
 def count_executed(function: Callable[..., Any], *args: Any, while_trips: int = 1, compiled: Any = None) -> Executed:
-    """What XLA counts for `function` at the shapes of `args`.
+    """What XLA counts for `function` at the shapes of `args`; NaN where a Triton kernel is launched.
 
     FLOPs are of the program before the compiler's passes, on one device; called outside of a mesh, they are those of all devices together.
     Nothing is run, and without `compiled` nothing is compiled.
@@ -36,6 +37,8 @@ def count_executed(function: Callable[..., Any], *args: Any, while_trips: int = 
       compiled: `function` compiled for `args` on one device, for the bytes; each loop's body is compiled once more, alone.
     """
     closed = _trace(function, args)
+    if _launches_triton(closed.jaxpr):
+        return Executed(np.nan, np.nan)
 
     def measure(part: Any) -> np.ndarray:
         lowered = _lower(part)
@@ -85,9 +88,19 @@ def _find_loops(jaxpr: Any, while_trips: int) -> Iterator[Any]:
         if equation.primitive.name in ("scan", "while") and _read_loop(equation, while_trips)[1] != 1:
             yield equation
             continue
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                yield from _find_loops(inner if isinstance(inner, jax.extend.core.Jaxpr) else inner.jaxpr, while_trips)
+        for inner in _list_inner(equation):
+            yield from _find_loops(inner, while_trips)
+
+
+def _launches_triton(jaxpr: Any) -> bool:
+    names = ("triton_kernel_call", "pure_callback")  # on a GPU, and in Triton's interpreter
+    return any(equation.primitive.name in names or any(map(_launches_triton, _list_inner(equation))) for equation in jaxpr.eqns)
+
+
+def _list_inner(equation: Any) -> list[Any]:
+    """The functions an equation calls."""
+    found = [inner for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(inner)]
+    return [inner if isinstance(inner, jax.extend.core.Jaxpr) else inner.jaxpr for inner in found]
 
 
 def _is_jaxpr(value: Any) -> bool:

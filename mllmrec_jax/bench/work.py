@@ -14,13 +14,14 @@ from mllmrec_jax.bench.executed import count_executed
 from mllmrec_jax.bench.flops import NO_WORK, Sizes, Work
 from mllmrec_jax.bench.measure import Program, compile_program
 from mllmrec_jax.bench.rows import describe_program, make_row, rate_tokens, rate_work
-from mllmrec_jax.config import LoraConfig, RunConfig
+from mllmrec_jax.config import ConfigError, LoraConfig, RunConfig
 from mllmrec_jax.generate.rollout import check_positions
 from mllmrec_jax.model.lora import add_adapters
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.model.sharded import make_sharded
 from mllmrec_jax.sharding import check_model, current_mesh
 from mllmrec_jax.train.state import Policy, split_policy
+from mllmrec_kernels.logprob_kl import check_implementation
 
 NO_MESH = jax.sharding.Mesh(np.empty((), dtype=object), ())
 
@@ -35,8 +36,12 @@ def check_work(config: RunConfig, sizes: Sizes) -> None:
     """Refuses what cannot be timed, before anything is made.
 
     Raises:
-      ConfigError: tokens do not fit the model, or sizes do not divide over the mesh in context.
+      ConfigError: tokens do not fit the model, sizes do not divide over the mesh in context, or the log-prob implementation cannot run.
     """
+    try:
+        check_implementation(config.logprob.implementation)
+    except ValueError as error:
+        raise ConfigError(f"logprob.implementation: {error}") from error
     check_positions(sizes.prompt_tokens, sizes.new_tokens, config.model.max_position)
     if current_mesh() is not None:
         check_model(config.model, jax.sharding.get_mesh(), vocab_size=sizes.vocabulary, batch_size=sizes.prompts)
@@ -67,9 +72,9 @@ class Phase(NamedTuple):
     work: Work
     """By formula."""
     executed_flops: float | None
-    """By XLA; None where it was not asked."""
+    """By XLA; None where it was not asked, or cannot see (Triton kernels)."""
     executed_bytes: float | None
-    """By XLA; None on a mesh, or where it was not asked."""
+    """The same; None on a mesh too."""
 
 
 def compile_phase(function: Any, *args: Any, work: Work, while_trips: int = 1, flops_too: bool = True, bytes_too: bool = True) -> Phase:
@@ -85,7 +90,8 @@ def compile_phase(function: Any, *args: Any, work: Work, while_trips: int = 1, f
     bytes_too &= current_mesh() is None
     with jax.set_mesh(NO_MESH):
         executed = count_executed(function, *shapes, while_trips=while_trips, compiled=program.call if bytes_too else None)
-    return Phase(program, work, executed.flops, executed.bytes if bytes_too else None)
+    flops, moved = (None if np.isnan(count) else count for count in executed)
+    return Phase(program, work, flops, moved)
 
 
 def _add(parts: Sequence[float | None]) -> float | None:
