@@ -1,26 +1,44 @@
-"""The work the peer trainers are timed on: profiling/peers/peer_work.py (a folder of scripts, not a package)."""
+"""The work peers are timed on and their comparison: profiling/peers/peer_work.py, compare.py (a folder of scripts, not a package)."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mllmrec_jax.bench.work import find_sizes
+from mllmrec_jax.cli import main
+from mllmrec_jax.config import load_config
+from mllmrec_jax.evaluate.metrics import CUTOFFS
+
 SCRIPT = Path(__file__).resolve().parents[1] / "profiling" / "peers" / "peer_work.py"
+CONFIG = SCRIPT.parents[2] / "configs" / "bench" / "peer_tiny.toml"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def peer_work() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peer_work", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peer_work"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("peer_work")
+
+
+@pytest.fixture(scope="module")
+def compare() -> ModuleType:
+    return load_script("compare")
 
 
 def test_config_of_the_same_sizes_passes_and_another_size_is_refused(peer_work: ModuleType, tmp_path: Path) -> None:
@@ -32,7 +50,6 @@ def test_config_of_the_same_sizes_passes_and_another_size_is_refused(peer_work: 
         peer_work.check_config(peer_work.PeerWork(), config)
 
 
-@pytest.mark.skipif(not (SCRIPT.parents[2] / "configs" / "bench" / "peer_tiny.toml").exists(), reason="no configs/bench/peer_tiny.toml")
 def test_the_repository_config_is_the_peers_work(peer_work: ModuleType) -> None:
     peer_work.check_config(peer_work.PeerWork())
 
@@ -65,17 +82,93 @@ def test_row_refuses_steps_without_their_generation(peer_work: ModuleType) -> No
         peer_work.make_row("peer", peer_work.PeerWork(), {}, [], step_s=[1.0, 1.0], generate_s=[1.0], cpu_s=[1.0, 1.0], warmup=0)
 
 
-def test_table_is_of_medians_within_rounds() -> None:
+def test_row_of_calls_leaves_out_the_warm_up_and_names_the_call(peer_work: ModuleType) -> None:
+    work = peer_work.PeerWork()
+    row = peer_work.make_call_row("peer", work, {}, [], call="user", seconds=[9.0, 2.0, 4.0, 3.0], cpu_s=[9.0, 4.0, 8.0, 6.0], warmup=1)
+    assert row["user_s"]["p50"] == 3 and row["cpu_s"]["p50"] == 6 and row["first_user_s"] == 9 and row["steps"] == 3
+    with pytest.raises(ValueError, match="more than 4 calls"):
+        peer_work.make_call_row("peer", work, {}, [], call="user", seconds=[1.0] * 4, cpu_s=[1.0] * 4, warmup=4)
+
+
+def test_a_users_prompts_are_as_many_as_the_reports_k(peer_work: ModuleType) -> None:
+    work = peer_work.PeerWork()
+    assert work.cutoffs == CUTOFFS
+    assert peer_work.make_prompts(work, 2, first_id=2, prompts=len(work.cutoffs)).shape == (2, len(CUTOFFS), work.prompt_tokens)
+
+
+def make_result(compare: ModuleType, work: str, program: str, peer_work: ModuleType, slow: float) -> dict[str, Any]:
+    """What a program writes in a round in which the machine takes `slow` times as long: ours 0.5 s a phase, theirs 4 s."""
+    if program != compare.OURS:
+        sizes = dataclasses.asdict(peer_work.PeerWork())
+        return {phase: {"p50": 4 * slow} for phase in compare.WORKS[work].phases} | {"work": sizes | {"cutoffs": list(sizes["cutoffs"])}}
+    sizes = find_sizes(load_config(CONFIG))
+    document: dict[str, Any] = {"benchmark": work, "shapes": sizes._asdict()}
+    if work == "step":
+        return document | {phase: {"p50": 0.5 * slow} for phase in compare.STEP}
+    rows: list[dict[str, Any]] = [{"name": "rollout", "p50": 0.5 * slow}]
+    if work == "rank":
+        document["shapes"] = sizes._replace(prompts=32, group_size=10)._asdict()
+        rows = [
+            {"name": "rank", "p50": 16 * slow, "users_per_s": 32 / (16 * slow)},
+            {"name": "generate_per_k", "p50": slow, "users_per_s": 1 / slow, "shape": {"cutoffs": list(CUTOFFS)}},
+        ]
+    if work == "update":
+        del document["shapes"]
+        points = itertools.product((4, 8), (("shared", 0.5), ("repeated", 1.5)))
+        rows = [
+            {"name": "update", "group_size": size, "layout": layout, "p50": size / 8 * seconds * slow} for size, (layout, seconds) in points
+        ]
+    return document | {"rows": rows}
+
+
+@pytest.mark.parametrize("work", ["step", "rollout", "rank", "update"])
+def test_table_is_of_medians_within_rounds(compare: ModuleType, peer_work: ModuleType, work: str) -> None:
     """A machine that is twice as slow in one round changes no ratio."""
-    path = SCRIPT.with_name("compare.py")
-    spec = importlib.util.spec_from_file_location("compare_peers", path)
-    assert spec is not None and spec.loader is not None
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
+    spec = compare.WORKS[work]
+    rounds = [{name: make_result(compare, work, name, peer_work, slow) for name in (compare.OURS, *spec.peers)} for slow in (1.0, 2.0, 1.0)]
+    for rows in rounds:
+        compare.check_same_work(work, rows)
+    table = compare.summarise_rounds([compare.read_round(spec, rows) for rows in rounds])
+    assert next(iter(table)) == compare.OURS and table.keys() == spec.lines.keys()
+    expected = {compare.OURS: 0.5, f"{compare.OURS}, a generation a K": 1.0, "prompts repeated": 1.5}
+    for name, phase in itertools.product(table, spec.phases):
+        seconds = expected.get(name, 4.0)
+        assert table[name][phase] == pytest.approx(seconds) and table[name][f"{phase} x"] == pytest.approx(seconds / 0.5)
+    lines = compare.format_table(spec, table).splitlines()
+    assert len(lines) == 1 + len(table) and all(line.startswith(name) for line, name in zip(lines[1:], table, strict=True))
 
-    def make_round(slow: float) -> dict[str, dict[str, dict[str, float]]]:
-        ours, theirs = ({phase: {"p50": slow * seconds} for phase in compare.PHASES} for seconds in (0.5, 4.0))
-        return {"mllmrec-jax": ours, "trl": theirs}
 
-    table = compare.summarise_rounds([make_round(1.0), make_round(2.0), make_round(1.0)])
-    assert table["trl"]["step_s x"] == 8 and table["trl"]["step_s"] == 4 and table["mllmrec-jax"]["update_s x"] == 1
+@pytest.mark.parametrize(
+    ("work", "size", "value"), [("step", "group_size", 4), ("rollout", "prompts", 1), ("rank", "negatives", 99), ("rank", "cutoffs", [1])]
+)
+def test_results_of_other_sizes_are_not_compared(compare: ModuleType, peer_work: ModuleType, work: str, size: str, value: Any) -> None:
+    rows = {name: make_result(compare, work, name, peer_work, 1.0) for name in (compare.OURS, *compare.WORKS[work].peers)}
+    compare.check_same_work(work, rows)
+    rows[next(iter(compare.WORKS[work].peers))]["work"][size] = value
+    with pytest.raises(ValueError, match=f"{work}: .*expected .* to be ours"):
+        compare.check_same_work(work, rows)
+
+
+def test_a_peer_without_an_environment_is_left_out_and_an_empty_one_refused(compare: ModuleType, tmp_path: Path) -> None:
+    rollout = compare.WORKS["rollout"]
+    commands = compare.make_commands(rollout, steps=5, environments={"trl": None})
+    assert list(commands) == [compare.OURS] and commands[compare.OURS][-2:] == ["--repeats", "20"]
+    assert list(compare.read_round(rollout, {compare.OURS: {"benchmark": "rollout", "rows": [{"name": "rollout", "p50": 1.0}]}})) == [
+        compare.OURS
+    ]
+    with pytest.raises(FileNotFoundError, match="--trl: expected an environment"):
+        compare.make_commands(rollout, steps=5, environments={"trl": tmp_path})
+
+
+def test_a_document_without_the_row_is_refused(compare: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"bench scaling: expected one row 'update' with \{'group_size': 8\}, got 0"):
+        compare.find_row({"benchmark": "scaling", "rows": [{"name": "update", "group_size": 4}]}, "update", group_size=8)
+
+
+@pytest.mark.parametrize("work", ["step", "rollout", "rank", "update"])
+def test_our_command_is_one_that_mllmrec_takes(compare: ModuleType, work: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parsed, not run: one repeat too few ends it before anything is timed."""
+    command = compare.make_commands(compare.WORKS[work], steps=0, environments={})[compare.OURS]
+    with pytest.raises(SystemExit, match="2"):
+        main(command[command.index("bench") :])
+    assert "--repeats: expected at least 1, got 0" in capsys.readouterr().err

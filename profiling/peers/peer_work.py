@@ -1,4 +1,4 @@
-"""The work every trainer is timed on, and the rows it reports: shared by trl_step.py and tunix_step.py.
+"""The work every peer is timed on, and the rows it reports: shared by all scripts of this folder.
 
 Needs numpy and the standard library only, since each peer runs in an environment of its own.
 """
@@ -24,7 +24,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench" / "peer_tiny.
 
 @dataclasses.dataclass(frozen=True)
 class PeerWork:
-    """One GRPO step on random weights: sizes in tokens, units and layers. Equals configs/bench/peer_tiny.toml."""
+    """One GRPO step, or one user to rank, on random weights: sizes in tokens, units, layers. Equals configs/bench/peer_tiny.toml."""
 
     num_layers: int = 4
     hidden_size: int = 256
@@ -47,12 +47,17 @@ class PeerWork:
     top_p: float = 0.9
     learning_rate: float = 1e-5
     max_grad_norm: float = 1.0
+    negatives: int = 9
+    """Candidates of a user beside the target."""
+    cutoffs: tuple[int, ...] = (1, 3, 5, 10)
+    """Each K of the report; CUTOFFS of mllmrec_jax/evaluate/metrics.py, which a test holds this to."""
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Where the run configuration keeps each size that it names: (section, ..., key) -> field of PeerWork.
 _IN_CONFIG = {
+    ("data", "negatives"): "negatives",
     ("prompt", "max_prompt_tokens"): "prompt_tokens",
     ("tokenizer", "vocab_size"): "vocab_size",
     ("model", "num_layers"): "num_layers",
@@ -96,7 +101,7 @@ def check_config(work: PeerWork, path: Path = CONFIG) -> None:
             )
 
 
-def make_prompts(work: PeerWork, steps: int, *, first_id: int, seed: int = 0) -> np.ndarray:
+def make_prompts(work: PeerWork, steps: int, *, first_id: int, seed: int = 0, prompts: int | None = None) -> np.ndarray:
     """Random prompts, new ones for every step.
 
     Args:
@@ -104,11 +109,12 @@ def make_prompts(work: PeerWork, steps: int, *, first_id: int, seed: int = 0) ->
         steps: how many steps' worth.
         first_id: lowest token id used; ids below it are the peer's special tokens.
         seed: of the generator.
+        prompts: a step; None: as `work` has them.
 
     Returns:
         [steps, prompts, prompt_tokens] int64 token ids in [first_id, vocab_size).
     """
-    shape = (steps, work.prompts, work.prompt_tokens)
+    shape = (steps, work.prompts if prompts is None else prompts, work.prompt_tokens)
     return np.random.default_rng(seed).integers(first_id, work.vocab_size, shape)
 
 
@@ -172,8 +178,55 @@ def make_row(
         "steps": len(steps),
         "warmup": warmup,
         "all_step_s": [round(second, 4) for second in steps],
+        **_describe_run(work, settings, packages),
+    }
+
+
+def make_call_row(
+    name: str,
+    work: PeerWork,
+    settings: dict[str, Any],
+    packages: Sequence[str],
+    *,
+    call: str,
+    seconds: Sequence[float],
+    cpu_s: Sequence[float],
+    warmup: int,
+) -> dict[str, Any]:
+    """The result of a peer of which one call is timed, not a whole step.
+
+    Args:
+        name, work, settings, packages, warmup: as in `make_row`.
+        call: what a call does; its p20/p50/p80 stand under `<call>_s`.
+        seconds: of every call, warm-up included.
+        cpu_s: processor seconds of every call, all threads.
+
+    Returns:
+        A JSON-ready row.
+
+    Raises:
+        ValueError: nothing is left after the warm-up.
+    """
+    if len(seconds) <= warmup:
+        raise ValueError(f"{name}: expected more than {warmup} calls (the warm-up), got {len(seconds)}")
+    measured = list(seconds[warmup:])
+    return {
+        "peer": name,
+        f"{call}_s": summarise_seconds(measured),
+        "cpu_s": summarise_seconds(cpu_s[warmup:]),
+        f"first_{call}_s": round(seconds[0], 3),
+        "steps": len(measured),
+        "warmup": warmup,
+        f"all_{call}_s": [round(second, 4) for second in measured],
+        **_describe_run(work, settings, packages),
+    }
+
+
+def _describe_run(work: PeerWork, settings: dict[str, Any], packages: Sequence[str]) -> dict[str, Any]:
+    """Settings, sizes, versions, machine and time of a row."""
+    return {
         "settings": settings,
-        "work": dataclasses.asdict(work) | {"lora_targets": list(LORA_TARGETS)},
+        "work": dataclasses.asdict(work) | {"cutoffs": list(work.cutoffs), "lora_targets": list(LORA_TARGETS)},
         "versions": {"python": platform.python_version()} | {package: importlib.metadata.version(package) for package in packages},
         "machine": {"processor": _processor(), "cpus": len(os.sched_getaffinity(0)), "load_1min": round(os.getloadavg()[0], 2)},
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -3,8 +3,8 @@
     profiling/peers/make_env.sh trl ENV
     ENV/bin/python profiling/peers/trl_step.py --steps 10 --json FILE
 
-Generation, reference log-probs, loss, backward and optimizer are TRL's own; this file builds a random Qwen3 and a tokenizer, and
-holds the clocks. README.md beside it lists what had to be arranged and which settings were tried.
+Generation, reference log-probs, loss, backward and optimizer are TRL's own; this file holds the clocks, and hf_model.py makes a random
+Qwen3 and a tokenizer. README.md beside it lists what had to be arranged and which settings were tried.
 """
 
 from __future__ import annotations
@@ -21,45 +21,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from datasets import Dataset
+from hf_model import DTYPES, FIRST_ID, make_model, make_tokenizer
 from peer_work import CONFIG, LORA_TARGETS, PeerWork, check_config, emit_row, make_parser, make_prompts, make_row
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-PAD_ID, END_ID, FIRST_ID = 0, 1, 2
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def make_tokenizer(work: PeerWork) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocab_size` entries: two special tokens, and whole words `t2`, `t3` ... split at spaces: n words are n tokens."""
-    names = {"<pad>": PAD_ID, "<end>": END_ID} | {f"t{i}": i for i in range(FIRST_ID, work.vocab_size)}
-    words = Tokenizer(models.WordLevel(names, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", padding_side="left")
-
-
-def make_model(work: PeerWork, *, dtype: torch.dtype, attention: str) -> Qwen3ForCausalLM:
-    """A Qwen3 of the given sizes with random weights."""
-    config = Qwen3Config(
-        vocab_size=work.vocab_size,
-        hidden_size=work.hidden_size,
-        intermediate_size=work.intermediate_size,
-        num_hidden_layers=work.num_layers,
-        num_attention_heads=work.num_heads,
-        num_key_value_heads=work.num_kv_heads,
-        head_dim=work.head_dim,
-        max_position_embeddings=work.prompt_tokens + work.max_new_tokens,
-        rms_norm_eps=work.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": work.rope_theta},
-        tie_word_embeddings=True,
-        attn_implementation=attention,
-        bos_token_id=None,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
-    )
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).to(dtype)
 
 
 class TimedTrainer(GRPOTrainer):
