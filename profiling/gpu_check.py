@@ -34,11 +34,11 @@ LEAST_SECONDS = 20
 TRAINER = ("tyro", "pydantic", "tomli_w", "tensorboardX", "grain", "flax", "optax", "orbax", "tensorstore", "transformers", "jaxtyping")
 """Modules behind `mllmrec bench` and `mllmrec profile` that a Python with JAX may lack."""
 KERNELS = ("triton", "pytest", "jaxtyping")
-TINY = (
-    "--prompt.max-prompt-tokens 24 --grpo.max-new-tokens 4 --grpo.group-size 2 --grpo.batch-size 2 --model.num-layers 2 "
-    "--model.hidden-size 32 --model.intermediate-size 48 --model.num-heads 2 --model.num-kv-heads 1 --model.head-dim 16 "
-    "--model.max-position 64 --tokenizer.vocab-size 151"
-).split()
+TINY = {
+    "prompt.max-prompt-tokens": 24, "grpo.max-new-tokens": 4, "grpo.group-size": 2, "grpo.batch-size": 2, "tokenizer.vocab-size": 151,
+    "model.num-layers": 2, "model.hidden-size": 32, "model.intermediate-size": 48, "model.num-heads": 2, "model.num-kv-heads": 1,
+    "model.head-dim": 16, "model.max-position": 64,
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -58,7 +58,8 @@ class Part(NamedTuple):
 
 def list_parts(folder: Path, scratch: Path, *, tiny: bool) -> list[Part]:
     """In the order they run; files that are kept go to `folder`, others to `scratch`."""
-    python, small = sys.executable, TINY if tiny else []
+    python = sys.executable
+    small = [word for name, value in TINY.items() for word in (f"--{name}", str(value))] if tiny else []
     launcher = () if tiny else ("jax_triton",)
     tests = [python, "-m", "pytest", "-c", os.devnull, "--rootdir", ".", "--noconftest", "-p", "no:cacheprovider", "-rA"]
     tests += ["-m", "not gpu" if tiny else "gpu", "--durations=0", "tests/kernels/test_logprob_kl_gpu.py"]
@@ -79,7 +80,8 @@ def list_parts(folder: Path, scratch: Path, *, tiny: bool) -> list[Part]:
     trace += ["--output", str(scratch / "runs"), "--cache", str(scratch / "cache")]
     profile = scratch / "runs" / profiled / "profile" / "grpo" / "profile.json"
     peer = [python, str(HERE / "peers" / "trl_step.py"), "--config", str(ROOT / "configs" / "bench" / f"{profiled}.toml")]
-    peer += ["--steps", "3", "--warmup", "2", "--micro-batch", "16", "--dtype", "bfloat16", "--json", str(scratch / "trl.json")]
+    peer += ["--steps", "3", "--warmup", "2", "--micro-batch", "16", "--dtype", "bfloat16", "--device", "cuda"]
+    peer += ["--json", str(scratch / "trl.json")]
     counters = [python, str(HERE / "ncu_row.py"), "--kernel", "others_kernel", "--skip", "2", "--out", str(scratch / "ncu.json"), "--"]
     counters += [python, "-m", "mllmrec_jax.cli", "bench", "kernels", "--config", f"bench/{profiled}", "--repeats", "1", *small]
     return [

@@ -54,6 +54,18 @@ def test_the_repository_config_is_the_peers_work(peer_work: ModuleType) -> None:
     peer_work.check_config(peer_work.PeerWork())
 
 
+def test_work_of_another_configuration_has_its_sizes(peer_work: ModuleType, tmp_path: Path) -> None:
+    assert peer_work.read_work(CONFIG) == peer_work.PeerWork()
+    work = peer_work.read_work(CONFIG.with_name("qwen3_4b.toml"))
+    sizes = find_sizes(load_config(CONFIG.with_name("qwen3_4b.toml")))
+    assert (work.prompts, work.prompt_tokens, work.group_size, work.max_new_tokens, work.vocab_size) == sizes
+    assert (work.num_layers, work.hidden_size, work.rope_theta) == (36, 2560, 1e6)
+    several = tmp_path / "several.toml"
+    several.write_text("[grpo]\naccumulation = 2\n")
+    with pytest.raises(ValueError, match=r"several\.toml: grpo\.accumulation: expected 1 .*got 2"):
+        peer_work.read_work(several)
+
+
 def test_prompts_are_full_width_and_free_of_special_tokens(peer_work: ModuleType) -> None:
     work = peer_work.PeerWork()
     prompts = peer_work.make_prompts(work, 3, first_id=2)

@@ -66,6 +66,7 @@ _IN_CONFIG = {
     ("model", "num_heads"): "num_heads",
     ("model", "num_kv_heads"): "num_kv_heads",
     ("model", "head_dim"): "head_dim",
+    ("model", "rope_theta"): "rope_theta",
     ("grpo", "batch_size"): "prompts",
     ("grpo", "lora", "rank"): "lora_rank",
     ("grpo", "lora", "alpha"): "lora_alpha",
@@ -88,17 +89,40 @@ def check_config(work: PeerWork, path: Path = CONFIG) -> None:
     Raises:
         ValueError: a size differs.
     """
+    for keys, value in _read_sizes(path).items():
+        field = _IN_CONFIG[keys]
+        if value != getattr(work, field):
+            raise ValueError(
+                f"{path}: {'.'.join(keys)}: expected {getattr(work, field)!r} as in {Path(__file__).name}, got {value!r};"
+                f" change PeerWork.{field} so that peers do the same work"
+            )
+
+
+def read_work(path: Path) -> PeerWork:
+    """The work of another configuration of `mllmrec bench step`; sizes it leaves out are those of peer_tiny.
+
+    Raises:
+        ValueError: a step of several micro-batches, which peers do not have.
+    """
+    with path.open("rb") as file:
+        accumulation = tomllib.load(file).get("grpo", {}).get("accumulation", 1)
+    if accumulation != 1:
+        raise ValueError(f"{path}: grpo.accumulation: expected 1 (all prompts of a step are grpo.batch_size), got {accumulation}")
+    return dataclasses.replace(PeerWork(), **{_IN_CONFIG[keys]: value for keys, value in _read_sizes(path).items()})
+
+
+def _read_sizes(path: Path) -> dict[tuple[str, ...], Any]:
+    """What the configuration names of `_IN_CONFIG`."""
     with path.open("rb") as file:
         config = tomllib.load(file)
-    for keys, field in _IN_CONFIG.items():
+    found: dict[tuple[str, ...], Any] = {}
+    for keys in _IN_CONFIG:
         node: Any = config
         for key in keys:
             node = node.get(key) if isinstance(node, dict) else None
-        if node is not None and node != getattr(work, field):
-            raise ValueError(
-                f"{path}: {'.'.join(keys)}: expected {getattr(work, field)!r} as in {Path(__file__).name}, got {node!r};"
-                f" change PeerWork.{field} so that peers do the same work"
-            )
+        if node is not None:
+            found[keys] = node
+    return found
 
 
 def make_prompts(work: PeerWork, steps: int, *, first_id: int, seed: int = 0, prompts: int | None = None) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Times one GRPO step of Hugging Face TRL's GRPOTrainer on the work of configs/bench/peer_tiny.toml.
+"""Times one GRPO step of Hugging Face TRL's GRPOTrainer on the work of configs/bench/peer_tiny.toml, or of another of these.
 
     profiling/peers/make_env.sh trl ENV
     ENV/bin/python profiling/peers/trl_step.py --steps 10 --json FILE
+    python profiling/peers/trl_step.py --config configs/bench/qwen3_0_6b.toml --device cuda --dtype bfloat16 --micro-batch 16
 
 Generation, reference log-probs, loss, backward and optimizer are TRL's own; this file holds the clocks, and hf_model.py makes a random
 Qwen3 and a tokenizer. README.md beside it lists what had to be arranged and which settings were tried.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from hf_model import DTYPES, FIRST_ID, make_model, make_tokenizer
-from peer_work import CONFIG, LORA_TARGETS, PeerWork, check_config, emit_row, make_parser, make_prompts, make_row
+from peer_work import CONFIG, LORA_TARGETS, PeerWork, check_config, emit_row, make_parser, make_prompts, make_row, read_work
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -56,6 +58,8 @@ class StepClock(TrainerCallback):
         self._last = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = (time.perf_counter(), time.process_time())
         self.step_s.append(now[0] - self._last[0])
         self.cpu_s.append(now[1] - self._last[1])
@@ -70,10 +74,14 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4, help="completions a backward pass; 16 is the whole batch")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model in training (TrainingArguments.torch_compile)")
     parser.add_argument("--cache", default=None, help="GRPOConfig.cache_implementation, for example static")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="TOML of `mllmrec bench step` whose sizes are taken")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it trains")
     args = parser.parse_args()
 
     work = PeerWork()
-    if CONFIG.exists():
+    if args.config != CONFIG:
+        work = read_work(args.config)
+    elif CONFIG.exists():
         check_config(work)
     completions = work.prompts * work.group_size
     steps = args.warmup + args.steps
@@ -91,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=args.device == "cpu",
             bf16=False,
             report_to="none",
             save_strategy="no",
@@ -135,7 +143,7 @@ def main() -> None:
     if trainer.lengths != {work.max_new_tokens}:
         raise ValueError(f"generation: expected completions of {work.max_new_tokens} tokens, got lengths {sorted(trainer.lengths)}")
 
-    settings = {key: getattr(args, key) for key in ("dtype", "attention", "micro_batch", "compile", "cache")}
+    settings = {key: getattr(args, key) for key in ("dtype", "attention", "micro_batch", "compile", "cache", "device")}
     settings |= {"gradient_checkpointing": "non-reentrant", "optimizer": "adamw_torch_fused", "threads": torch.get_num_threads()}
     settings["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     packages = ("trl", "transformers", "peft", "accelerate", "torch")
