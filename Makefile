@@ -45,7 +45,8 @@ test-gpu-lowering: $(LOWERING_VENV)/.installed
 	TRITON_INTERPRET=0 MLLMREC_TRITON_DEVICE=sm_90 $(LOWERING_BIN)/python -m pytest -m gpu_lowering $(PYTEST_ARGS)
 	$(LOWERING_BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu_lowering" $(PYTEST_ARGS)
 
-# On a machine with an NVIDIA GPU and whatever Python there has jax with CUDA, triton and jax-triton: nothing is installed.
+# On a machine with an NVIDIA GPU and whatever Python there has jax with CUDA, triton and jax-triton: nothing is installed, and a part that
+# needs more is skipped by name.
 gpu-check:
 	$(PYTHON_GPU) profiling/gpu_check.py $(ARGS)
 
