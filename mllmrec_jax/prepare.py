@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from mllmrec_jax.config import RunConfig, fingerprint
 from mllmrec_jax.data.candidates import CandidateSet, draw_candidates, load_candidates, save_candidates
-from mllmrec_jax.data.examples import audit_prompts, describe_provenance, list_training_texts, tokenise_windows
+from mllmrec_jax.data.examples import (
+    ItemTable,
+    audit_prompts,
+    describe_provenance,
+    list_training_texts,
+    tokenise_items,
+    tokenise_windows,
+)
 from mllmrec_jax.data.load import load_dataset
 from mllmrec_jax.data.records import Dataset, Part
 from mllmrec_jax.data.shards import Shards, open_shards, write_shards
@@ -77,18 +85,21 @@ def _make_shards(
     tokenizer: Tokenizer,
     config: RunConfig,
     *,
+    make_items: Callable[[], ItemTable],
     part: Part,
     traces: Mapping[int, str | None] | None = None,
 ) -> Shards:
     """Opens the shards of these windows, writing them first where they are not there; a leak audit reads what was written.
 
-    `traces` (user to trace) are shown where `config.prompt.reasoning` asks for them.
+    `traces` (user to trace) are shown where `config.prompt.reasoning` asks for them; `make_items` is called where there is something to
+    write.
     """
     reasoning = {user: trace for user, trace in (traces or {}).items() if trace} if config.prompt.reasoning else None
     provenance = describe_provenance(windows, candidates, dataset, tokenizer, config.prompt, part=part, reasoning=reasoning)
     folder = config.cache / "shards" / f"{part}-{fingerprint(provenance)}"
     if not folder.is_dir():
-        examples = tokenise_windows(windows, candidates, dataset, tokenizer, config.prompt, part=part, reasoning=reasoning)
+        items = make_items()
+        examples = tokenise_windows(windows, candidates, dataset, tokenizer, config.prompt, part=part, reasoning=reasoning, items=items)
         # Training windows without traces hold ids alone; all that could leak is in traces and in what is held out.
         if reasoning or part != "train":
             audit_prompts(examples, dataset, tokenizer, config.prompt, part=part)
@@ -100,9 +111,11 @@ def _join(sets: Sequence[CandidateSet]) -> CandidateSet:
     return CandidateSet(np.concatenate([s.candidates for s in sets]), fingerprint([s.content_hash for s in sets]))
 
 
-def _prepare_test(dataset: Dataset, splits: Splits, tokenizer: Tokenizer, config: RunConfig, *, sampling: str) -> TestLists:
+def _prepare_test(
+    dataset: Dataset, splits: Splits, tokenizer: Tokenizer, config: RunConfig, *, make_items: Callable[[], ItemTable], sampling: str
+) -> TestLists:
     candidates = _freeze_candidates(splits.test, dataset, config, sampling=sampling)
-    shards = _make_shards(splits.test, candidates, dataset, tokenizer, config, part="test")
+    shards = _make_shards(splits.test, candidates, dataset, tokenizer, config, make_items=make_items, part="test")
     return TestLists(splits.test, candidates.candidates, shards)
 
 
@@ -117,6 +130,7 @@ def prepare_data(config: RunConfig) -> Prepared:
     splits = split_windows(dataset, data)
     texts = list_training_texts(dataset, config.prompt, item_tokens=config.tokenizer.item_tokens)
     tokenizer = load_tokenizer(config.tokenizer, item_ids=dataset.items, texts=texts, cache=config.cache / "tokenizers")
+    make_items = functools.cache(functools.partial(tokenise_items, dataset, tokenizer, config.prompt))
 
     users = splits.train_histories
     sft_count = round(data.sft_user_share * len(users))
@@ -133,13 +147,13 @@ def prepare_data(config: RunConfig) -> Prepared:
         sft_windows += windows
         sft_candidates.append(_freeze_candidates(windows, dataset, config, sampling=data.negative_sampling, resample=resample))
     traces = {history.user: history.sft_reasoning for history in dataset.histories}
-    sft = _make_shards(sft_windows, _join(sft_candidates), dataset, tokenizer, config, part="train", traces=traces)
+    sft = _make_shards(sft_windows, _join(sft_candidates), dataset, tokenizer, config, make_items=make_items, part="train", traces=traces)
     grpo_windows = cut_windows(grpo_users, kind=data.grpo_windows, history_len=data.history_len, seed=[data.split_seed])
     grpo_candidates = _freeze_candidates(grpo_windows, dataset, config, sampling=data.negative_sampling)
     traces = {history.user: history.grpo_reasoning for history in dataset.histories}
-    grpo = _make_shards(grpo_windows, grpo_candidates, dataset, tokenizer, config, part="train", traces=traces)
-    test = _prepare_test(dataset, splits, tokenizer, config, sampling=data.negative_sampling)
-    test_popularity = _prepare_test(dataset, splits, tokenizer, config, sampling="popularity")
+    grpo = _make_shards(grpo_windows, grpo_candidates, dataset, tokenizer, config, make_items=make_items, part="train", traces=traces)
+    test = _prepare_test(dataset, splits, tokenizer, config, make_items=make_items, sampling=data.negative_sampling)
+    test_popularity = _prepare_test(dataset, splits, tokenizer, config, make_items=make_items, sampling="popularity")
 
     dropped = sft.manifest["dropped_history"] + grpo.manifest["dropped_history"] + test.shards.manifest["dropped_history"]
     notes = [

@@ -202,3 +202,12 @@ def test_wording_follows_the_noun_and_style() -> None:
 )
 def test_mentions(text: str, title: str, found: bool) -> None:
     assert mentions_title(text, title) is found
+
+
+plain_texts = st.text(st.sampled_from("aBk .()1[x"), max_size=12)
+
+
+@given(plain_texts, st.text(st.sampled_from("aBk .é(1"), min_size=1, max_size=8).filter(str.strip), plain_texts)
+def test_a_title_is_found_among_other_words_in_any_case(before: str, title: str, after: str) -> None:
+    assert mentions_title(f"{before} {title} {after}", title)
+    assert mentions_title(f"{before} {title} {title.swapcase()} {after}", f"{title} {title}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 from collections.abc import Iterable
@@ -18,6 +20,12 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+def _return_memory() -> None:
+    """Gives the system back what the trainer freed, which glibc keeps: about half a kilobyte a distinct word of the texts."""
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries do it by themselves, or not at all
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int, cache: Path) -> Path:
@@ -71,7 +79,10 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, cache: Path) -> Path:
         "chat_template": _CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
     }
+    trained = tokenizer.to_str(pretty=True)
+    del tokenizer, trainer  # the trainer holds the words
+    _return_memory()
     with new_folder(folder) as unfinished:
-        (unfinished / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        (unfinished / "tokenizer.json").write_text(trained, encoding="utf-8")
         (unfinished / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from mllmrec_jax.prompts import (
 )
 
 _FORMAT = 1  # counts changes of what the arrays mean
+_KEPT = 1 << 14  # items whose text is kept while prompts are written: the same are shown again and again
 
 
 class LeakError(ValueError):
@@ -143,15 +145,24 @@ def _pad_rows(flat: array, lengths: np.ndarray, pad_id: int) -> np.ndarray:
     return rows
 
 
-def _tokenise_items(dataset: Dataset, tokenizer: Tokenizer, config: PromptConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids, lengths = array("i"), []
-    ordered = sorted(dataset.items)
+class ItemTable(NamedTuple):
+    """The catalogue's answers: the `item_` arrays of `TokenisedExamples`, which are the same for all splits."""
+
+    item_id: np.ndarray
+    item_answer: np.ndarray
+    item_answer_length: np.ndarray
+
+
+def tokenise_items(dataset: Dataset, tokenizer: Tokenizer, config: PromptConfig) -> ItemTable:
+    """Writes and encodes every item's answer."""
+    ordered, ids, lengths = array("q", sorted(dataset.items)), array("i"), array("i")
     for item_id in ordered:
-        answer = tokenizer.encode_answer(render_answer(_describe(dataset.items[item_id], ("title",), config), config))
+        text = _describe(dataset.items[item_id], ("title",), config) if config.answer_title else ItemText(item_id)
+        answer = tokenizer.encode_answer(render_answer(text, config))
         ids.extend(answer)
         lengths.append(len(answer))
-    length = np.asarray(lengths, np.int32)
-    return np.asarray(ordered, np.int64), _pad_rows(ids, length, tokenizer.pad_id), length
+    length = np.frombuffer(lengths, np.int32)
+    return ItemTable(np.frombuffer(ordered, np.int64), _pad_rows(ids, length, tokenizer.pad_id), length)
 
 
 def _find_known_rows(item_id: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
@@ -161,28 +172,31 @@ def _find_known_rows(item_id: np.ndarray, wanted: np.ndarray, what: str) -> np.n
     return rows.astype(np.int32)
 
 
+def _remember_texts(dataset: Dataset, fields: Sequence[ItemField], config: PromptConfig) -> Callable[[int], ItemText]:
+    """Item id to what prompts say of it; raises DataError for an unknown item."""
+
+    @functools.lru_cache(_KEPT)
+    def find(item_id: int) -> ItemText:
+        item = dataset.items.get(item_id)
+        if item is None:
+            raise DataError(f"{dataset.name}: expected items of the catalogue, got the unknown item {item_id}")
+        return _describe(item, fields, config)
+
+    return find
+
+
 class _PromptWriter:
-    """Renders and encodes prompts; each item's text is made once."""
+    """Renders and encodes prompts."""
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, config: PromptConfig):
-        self._dataset, self._tokenizer, self._config = dataset, tokenizer, config
-        self._history_texts: dict[int, ItemText] = {}
-        self._candidate_texts: dict[int, ItemText] = {}
-
-    def _find_text(self, texts: dict[int, ItemText], item_id: int, fields: Sequence[ItemField]) -> ItemText:
-        text = texts.get(item_id)
-        if text is None:
-            item = self._dataset.items.get(item_id)
-            if item is None:
-                raise DataError(f"{self._dataset.name}: expected items of the catalogue, got the unknown item {item_id}")
-            text = texts[item_id] = _describe(item, fields, self._config)
-        return text
+        self._tokenizer, self._config = tokenizer, config
+        self._find_chosen = _remember_texts(dataset, config.history_fields, config)
+        self._find_candidate = _remember_texts(dataset, config.candidate_fields, config)
 
     def write(self, window: Window, candidates: Sequence[int], reasoning: str | None) -> tuple[list[int], list[int], int]:
         """Ids, positions of history items, and how many of the oldest history items had to go."""
         config = self._config
-        history = tuple(self._find_text(self._history_texts, item, config.history_fields) for item in window.history)
-        shown = tuple(self._find_text(self._candidate_texts, item, config.candidate_fields) for item in candidates)
+        history, shown = tuple(map(self._find_chosen, window.history)), tuple(map(self._find_candidate, candidates))
 
         def encode(dropped: int) -> tuple[list[int], list[int], int]:
             try:
@@ -218,6 +232,7 @@ def tokenise_windows(
     *,
     part: Part,
     reasoning: Mapping[int, str] | None = None,
+    items: ItemTable | None = None,
 ) -> TokenisedExamples:
     """Writes and encodes every window's prompt and answer.
 
@@ -232,6 +247,7 @@ def tokenise_windows(
       config: what prompts say.
       part: the split these windows are.
       reasoning: user to trace, shown in prompts for reference; for training prompts only.
+      items: `tokenise_items` of the same data set, tokenizer and settings, where there are several splits; None: it is made here.
 
     Raises:
       DataError: no windows, an empty history, an unknown item, candidates of other windows, or a prompt that does not fit with a single
@@ -246,7 +262,7 @@ def tokenise_windows(
         raise DataError(
             f"{dataset.name}: expected a row of candidates for each of {len(windows)} windows, got {len(candidate_set.candidates)}"
         )
-    item_id, item_answer, item_answer_length = _tokenise_items(dataset, tokenizer, config)
+    item_id, item_answer, item_answer_length = items or tokenise_items(dataset, tokenizer, config)
     candidates = _find_known_rows(item_id, candidate_set.candidates, "candidates")
     target = _find_known_rows(item_id, np.fromiter((window.target for window in windows), np.int64, len(windows)), "targets")
     wrong = (candidates == target[:, None]).sum(axis=1) != 1

@@ -16,11 +16,12 @@ the users that pass a length filter when they are read, so that one short user s
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,48 @@ def _list_traces(history: History) -> Iterator[dict[str, Any]]:
             yield {"user_id": history.user, "reasoning": text, "stages": [stage]}
 
 
+@contextlib.contextmanager
+def _open_object(path: Path) -> Iterator[Callable[[int, Any], None]]:
+    """Yields what writes one entry of a JSON object: all captions of a large catalogue are not put together in memory.
+
+    The file is as `json.dumps(..., indent=1)` would have it; without entries there is none.
+    """
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+
+        def write_entry(key: int, value: Any) -> None:
+            nonlocal count
+            text = json.dumps(value, ensure_ascii=False, indent=1).replace("\n", "\n ")
+            file.write(f'{"," if count else "{"}\n "{key}": {text}')
+            count += 1
+
+        yield write_entry
+        file.write("\n}")
+    if not count:
+        path.unlink()
+
+
+def _write_items(dataset: Dataset, folder: Path) -> None:
+    """Titles, captions, genres and pictures. Items are gone through once: they may be made as they are asked for."""
+    path = folder / f"{dataset.name}_titles.csv"
+    with (
+        path.open("w", encoding="utf-8", newline="") as file,
+        _open_object(folder / f"{dataset.name}_captions.json") as write_caption,
+        _open_object(folder / f"{dataset.name}_genres.json") as write_genres,
+    ):
+        titles = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
+        titles.writerow(["item", "title"])
+        for item in dataset.items.values():
+            titles.writerow([item.id, item.title])
+            if item.caption:
+                write_caption(item.id, {"caption": item.caption})
+            if item.genres:
+                write_genres(item.id, list(item.genres))
+            if item.image is not None:
+                (folder / "images").mkdir(exist_ok=True)
+                shutil.copyfile(str(item.image), folder / "images" / f"{item.id}.jpg")
+
+
 def write_mllmrec(dataset: Dataset, folder: Path) -> None:
     """Writes a data set in the layout at the top of this page, so that `read_mllmrec` gives back the same items and histories.
 
@@ -249,35 +292,12 @@ def write_mllmrec(dataset: Dataset, folder: Path) -> None:
     if None in parts and len(parts) > 1:
         raise DataError(f"{dataset.name}: expected all users to have a part, or none, got both")
 
-    def write_json(name: str, value: Any) -> None:
-        if value:
-            (scratch / f"{dataset.name}_{name}.json").write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-
-    def write_object(name: str, entries: Iterable[tuple[int, Any]]) -> None:
-        """As `write_json`, entry by entry: all captions of a large catalogue are not put together in memory."""
-        with (scratch / f"{dataset.name}_{name}.json").open("w", encoding="utf-8") as file:
-            mark = "{"
-            for key, value in entries:
-                text = json.dumps(value, ensure_ascii=False, indent=1).replace("\n", "\n ")
-                file.write(f'{mark}\n "{key}": {text}')
-                mark = ","
-            file.write("\n}")
-        if mark == "{":
-            Path(file.name).unlink()
-
     with new_folder(folder) as scratch:
-        with (scratch / f"{dataset.name}_titles.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
-            writer.writerow(["item", "title"])
-            writer.writerows([item.id, item.title] for item in dataset.items.values())
+        _write_items(dataset, scratch)
         for part in parts:
-            rows = [f"{h.user}\t{' '.join(map(str, h.items))}\n" for h in dataset.histories if h.part == part]
-            (scratch / (f"{part}.tsv" if part else f"{dataset.name}_pairs.tsv")).write_text("".join(rows), encoding="utf-8", newline="\n")
-        write_object("captions", ((item.id, {"caption": item.caption}) for item in dataset.items.values() if item.caption))
-        write_object("genres", ((item.id, list(item.genres)) for item in dataset.items.values() if item.genres))
-        write_json("cot", [row for history in dataset.histories for row in _list_traces(history)])
-        pictured = [item for item in dataset.items.values() if item.image is not None]
-        if pictured:
-            (scratch / "images").mkdir()
-        for item in pictured:
-            shutil.copyfile(str(item.image), scratch / "images" / f"{item.id}.jpg")
+            path = scratch / (f"{part}.tsv" if part else f"{dataset.name}_pairs.tsv")
+            with path.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(f"{h.user}\t{' '.join(map(str, h.items))}\n" for h in dataset.histories if h.part == part)
+        traces = [row for history in dataset.histories for row in _list_traces(history)]
+        if traces:
+            (scratch / f"{dataset.name}_cot.json").write_text(json.dumps(traces, ensure_ascii=False, indent=1), encoding="utf-8")

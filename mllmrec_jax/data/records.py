@@ -55,7 +55,7 @@ class Dataset:
     """
 
     name: str
-    items: dict[int, Item]
+    items: Mapping[int, Item]
     histories: tuple[History, ...]
     bad_rows: int
     content_hash: str
@@ -138,7 +138,8 @@ def parse_sequence(words: list[str], known: Mapping[int, Item]) -> tuple[int, ..
     return tuple(ids)
 
 
-def _hash_content(items: Iterable[Item], histories: Iterable[History]) -> str:
+def hash_records(items: Iterable[Item], histories: Iterable[History]) -> str:
+    """`Dataset.content_hash` of these records, in their order."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.id, item.title, item.genres, item.caption]).encode() + b"\n")
@@ -190,7 +191,7 @@ def make_dataset(
         items=catalogue,
         histories=histories,
         bad_rows=bad_rows,
-        content_hash=_hash_content(catalogue.values(), histories),
+        content_hash=hash_records(catalogue.values(), histories),
         origin=dict(origin or {}),
     )
 

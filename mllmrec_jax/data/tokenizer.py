@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from mllmrec_jax.data.bpe import train_bpe
 from mllmrec_jax.data.tokenizer_backends import Backend, HuggingFaceBackend, SentencePieceBackend, TokenizerError
 from mllmrec_jax.prompts import CLOSE_THINK, OPEN_THINK, ItemSegment, Segment, TagSegment, write_item_id
 
+_Encode = Callable[[str, bool], tuple[int, ...]]  # of plain text, and whether nothing stands before it
 _SENTINEL = "MLLMREC-MESSAGE-b61f"
 _REPLACEMENT = "\ufffd"
 _CACHED_TEXTS, _CACHED_CHARS = 1 << 16, 160  # texts between item tokens repeat endlessly; whole prompts do not and are not kept
@@ -85,6 +88,25 @@ def _find_turn_end(template: str, backend: Backend, *, where: str) -> int | None
     return next((id_ for id_ in backend.encode_markup(after, False) if id_ in backend.markup), None)
 
 
+def _share_numbers(encode: _Encode) -> _Encode:
+    """`encode` with equal ids one object, over all its answers: answers that are kept are half as large."""
+    seen: dict[int, int] = {}
+
+    def encode_shared(text: str, first: bool) -> tuple[int, ...]:
+        ids = encode(text, first)
+        return tuple(map(seen.setdefault, ids, ids))
+
+    return encode_shared
+
+
+def _hash_json(value: Any) -> str:
+    """SHA-256 of `json.dumps(value)`, which is not put together in memory."""
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder().iterencode(value):
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
 class Tokenizer:
     """Encodes prompts and answers; see the module's docstring. Made by `load_tokenizer`."""
 
@@ -101,7 +123,7 @@ class Tokenizer:
     template: str
     """Jinja source of the chat template."""
 
-    def __init__(self, backend: Backend, *, template: str, item_ids: Sequence[int] | None, content_hash: str, where: str):
+    def __init__(self, backend: Backend, *, template: str, item_ids: Iterable[int] | None, content_hash: str, where: str):
         self._backend = backend
         self.template = template
         before, after = _split_template(template, backend, where=where)
@@ -117,29 +139,31 @@ class Tokenizer:
             raise TokenizerError(f"{where}: expected a token that ends an answer (eos, or one in the chat template), got none")
         self.pad_id = backend.pad_id
         self._tags = {text: id_ for id_, text in backend.markup.items() if text in (OPEN_THINK, CLOSE_THINK)}
-        ordered = sorted(item_ids or ())
-        if len(set(ordered)) != len(ordered):
+        ordered = sorted(() if item_ids is None else item_ids)
+        if any(left == right for left, right in itertools.pairwise(ordered)):
             raise TokenizerError("item_ids: expected each item id once, got duplicates")
+        for item in (*ordered[:1], *ordered[-1:]):
+            write_item_id(item)  # refuses what the others lie between
         self._items = {item: backend.size + row for row, item in enumerate(ordered)}
-        self._item_texts = [write_item_id(item) for item in ordered]
+        self._item_ids = array("q", ordered)
         self.item_range = (backend.size, backend.size + len(ordered)) if item_ids is not None else None
         self.vocab_size = backend.size + len(ordered)
         shape = [content_hash, template, self.stop_ids, self.pad_id, ordered if item_ids is not None else None]
-        self.fingerprint = hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
-        self._encode_short: Callable[[str, bool], tuple[int, ...]] = functools.lru_cache(_CACHED_TEXTS)(backend.encode_plain)
+        self.fingerprint = _hash_json(shape)[:16]
+        self._encode_short: _Encode = functools.lru_cache(_CACHED_TEXTS)(_share_numbers(backend.encode_plain))
         if item_ids is None:
             probe = write_item_id(1234567890)
             if (found := backend.decode_plain(backend.encode_plain(probe, False)).strip()) != probe:
                 raise TokenizerError(f"{where}: cannot write {probe} (it reads back as {found!r}); set tokenizer.item_tokens = true")
 
-    def _encode_plain(self, text: str, first: bool) -> tuple[int, ...]:
+    def _encode_repeated(self, text: str, first: bool) -> tuple[int, ...]:
         return self._encode_short(text, first) if len(text) <= _CACHED_CHARS else self._backend.encode_plain(text, first)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text on its own, as the tokenizer's library gives them without special tokens; never an added or item token."""
-        return list(self._encode_plain(text, True))
+        return list(self._encode_repeated(text, True))
 
-    def _encode_segments(self, segments: Sequence[Segment], ids: list[int], *, text: str, first: bool) -> list[int]:
+    def _encode_segments(self, segments: Sequence[Segment], ids: list[int], encode: _Encode, *, text: str, first: bool) -> list[int]:
         """Appends to `ids`; `text` is what stands before the first segment. Returns where history items were put."""
         positions = []
         for segment in segments:
@@ -154,14 +178,14 @@ class Tokenizer:
                 text += segment.text
                 continue
             if text:
-                ids += self._encode_plain(text, first)
+                ids += encode(text, first)
                 text = ""
             first = False
             if isinstance(segment, ItemSegment) and segment.in_history:
                 positions.append(len(ids))
             ids.append(token)
         if text:
-            ids += self._encode_plain(text, first)
+            ids += encode(text, first)
         return positions
 
     def encode_prompt(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
@@ -174,7 +198,7 @@ class Tokenizer:
           TokenizerError: an item has no token.
         """
         ids = list(self._prefix)
-        positions = self._encode_segments(segments, ids, text=self._lead, first=self._message_first)
+        positions = self._encode_segments(segments, ids, self._encode_repeated, text=self._lead, first=self._message_first)
         ids += self._suffix
         return ids, positions
 
@@ -185,7 +209,8 @@ class Tokenizer:
           TokenizerError: an item has no token.
         """
         ids: list[int] = []
-        self._encode_segments(segments, ids, text="", first=False)
+        # Each item has its own: kept, they would drive out what prompts repeat.
+        self._encode_segments(segments, ids, self._backend.encode_plain, text="", first=False)
         ids.append(self.stop_ids[0])
         return ids
 
@@ -207,7 +232,7 @@ class Tokenizer:
                 texts.append(self._backend.decode_plain(run))
                 run = []
             in_items = size <= id_ < self.vocab_size
-            texts.append(self._item_texts[id_ - size] if in_items else markup.get(id_, _REPLACEMENT))
+            texts.append(write_item_id(self._item_ids[id_ - size]) if in_items else markup.get(id_, _REPLACEMENT))
         if run:
             texts.append(self._backend.decode_plain(run))
         return "".join(texts)
@@ -262,6 +287,4 @@ def load_tokenizer(config: TokenizerConfig, *, item_ids: Iterable[int], texts: I
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"tokenizer.chat_template: expected a readable Jinja file: {error}") from error
         where = str(config.chat_template)
-    return Tokenizer(
-        backend, template=template, item_ids=tuple(item_ids) if config.item_tokens else None, content_hash=content_hash, where=where
-    )
+    return Tokenizer(backend, template=template, item_ids=item_ids if config.item_tokens else None, content_hash=content_hash, where=where)

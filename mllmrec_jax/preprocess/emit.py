@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import numpy as np
 
 from mllmrec_jax.config import RunConfig, fingerprint
 from mllmrec_jax.data.candidates import CandidateSet, draw_candidates
-from mllmrec_jax.data.examples import audit_prompts, describe_provenance, list_training_texts, tokenise_windows
+from mllmrec_jax.data.examples import audit_prompts, describe_provenance, list_training_texts, tokenise_items, tokenise_windows
 from mllmrec_jax.data.mllmrec_layout import write_mllmrec
-from mllmrec_jax.data.records import Dataset, History, Item, Part, keep_chosen, make_dataset
+from mllmrec_jax.data.records import Dataset, History, Item, Part, find_rows, hash_records
 from mllmrec_jax.data.shards import write_shards
 from mllmrec_jax.data.splits import Window
 from mllmrec_jax.data.tokenizer import load_tokenizer
@@ -31,14 +31,32 @@ from mllmrec_jax.preprocess.folders import fill_folder, is_current
 from mllmrec_jax.preprocess.samples import Samples
 
 
+class _EnrichedItems(Mapping[int, Item]):
+    """The items that some user chose, with captions and without pictures: each is made when it is asked for, from the caption's store."""
+
+    def __init__(self, source: Dataset, captions: Captions):
+        self._items, self._captions = source.items, captions
+        chosen = np.unique(np.fromiter((item for history in source.histories for item in history.items), np.int64))
+        item_id = np.fromiter(source.items, np.int64, len(source.items))
+        self._left_out = frozenset(item_id[find_rows(chosen, item_id) < 0].tolist())
+
+    def __getitem__(self, item_id: int) -> Item:
+        if item_id in self._left_out:
+            raise KeyError(item_id)
+        item = self._items[item_id]
+        return dataclasses.replace(item, caption=self._captions.find(item_id) or item.caption, image=None)
+
+    def __iter__(self) -> Iterator[int]:
+        return (item_id for item_id in self._items if item_id not in self._left_out)
+
+    def __len__(self) -> int:
+        return len(self._items) - len(self._left_out)
+
+
 def enrich_dataset(samples: Samples, captions: Captions, sft_traces: Mapping[int, str], grpo_traces: Mapping[int, str]) -> Dataset:
     """The data set as `read_mllmrec` will read it back: captions in, times and pictures left out, traces (user to text) attached."""
     source = samples.dataset
-
-    def enrich(item: Item) -> Item:
-        return dataclasses.replace(item, caption=captions.find(item.id) or item.caption, image=None)
-
-    items = [enrich(item) for item in keep_chosen(source.items, source.histories)]
+    items = _EnrichedItems(source, captions)
     histories = [
         History(h.user, h.items, sft_reasoning=sft_traces.get(h.user), grpo_reasoning=grpo_traces.get(h.user), part=h.part)
         for h in source.histories
@@ -46,7 +64,8 @@ def enrich_dataset(samples: Samples, captions: Captions, sft_traces: Mapping[int
     if all(history.part for history in histories):  # one file a part
         order = {"train": 0, "valid": 1, "test": 2}
         histories.sort(key=lambda history: order[history.part or "train"])
-    return make_dataset(source.name, items, histories, origin=source.origin)
+    content_hash = hash_records(items.values(), histories)
+    return dataclasses.replace(source, items=items, histories=tuple(histories), bad_rows=0, content_hash=content_hash)
 
 
 def _draw(windows: Sequence[Window], dataset: Dataset, config: RunConfig, *, resample: int = 0) -> CandidateSet:
@@ -92,10 +111,11 @@ def emit_all(
         write_mllmrec(dataset, scratch / "dataset")
         shards = scratch / "shards"
         shards.mkdir()
+        items = tokenise_items(dataset, tokenizer, config.prompt)
 
         def write(name: str, windows: Sequence[Window], drawn: CandidateSet, part: Part, traces: Mapping[int, str] | None = None) -> None:
             reasoning = dict(traces) if traces else None
-            examples = tokenise_windows(windows, drawn, dataset, tokenizer, config.prompt, part=part, reasoning=reasoning)
+            examples = tokenise_windows(windows, drawn, dataset, tokenizer, config.prompt, part=part, reasoning=reasoning, items=items)
             audit_prompts(examples, dataset, tokenizer, config.prompt, part=part)
             provenance = describe_provenance(windows, drawn, dataset, tokenizer, config.prompt, part=part, reasoning=reasoning)
             write_shards(shards / name, examples, provenance=provenance)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mllmrec_jax.data.examples as examples_module
 from mllmrec_jax.config import PromptConfig, TokenizerConfig
 from mllmrec_jax.data.candidates import CandidateSet, draw_candidates
 from mllmrec_jax.data.examples import (
@@ -18,6 +19,7 @@ from mllmrec_jax.data.examples import (
     audit_prompts,
     describe_provenance,
     list_training_texts,
+    tokenise_items,
     tokenise_windows,
 )
 from mllmrec_jax.data.records import DataError, Dataset, History, Item, make_dataset
@@ -202,6 +204,30 @@ def test_provenance_follows_everything(dataset: Dataset, windows: list[Window], 
     again = tokenise_windows(windows, candidate_set, dataset, tokenizer, COMPACT, part="train").provenance
     other = tokenise_windows(windows, candidate_set, dataset, tokenizer, COMPACT, part="test").provenance
     assert (hashes == again).all() and (hashes != other).all()
+
+
+@pytest.mark.parametrize("config", [FULL, BARE])
+def test_one_table_of_items_serves_every_split(
+    config: PromptConfig, dataset: Dataset, windows: list[Window], candidate_set: CandidateSet, make_tokenizer: Any
+) -> None:
+    tokenizer = make_tokenizer(config)
+    table = tokenise_items(dataset, tokenizer, config)
+    for part in ("train", "test"):
+        alone = tokenise_windows(windows, candidate_set, dataset, tokenizer, config, part=part)
+        shared = tokenise_windows(windows, candidate_set, dataset, tokenizer, config, part=part, items=table)
+        for field in dataclasses.fields(TokenisedExamples):
+            np.testing.assert_array_equal(getattr(shared, field.name), getattr(alone, field.name))
+
+
+def test_texts_that_are_not_kept_are_written_the_same(
+    dataset: Dataset, windows: list[Window], candidate_set: CandidateSet, make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer(FULL)
+    kept = tokenise_windows(windows, candidate_set, dataset, tokenizer, FULL, part="test")
+    monkeypatch.setattr(examples_module, "_KEPT", 2)
+    anew = tokenise_windows(windows, candidate_set, dataset, tokenizer, FULL, part="test")
+    np.testing.assert_array_equal(anew.prompt, kept.prompt)
+    np.testing.assert_array_equal(anew.provenance, kept.provenance)
 
 
 @pytest.fixture(scope="module")
