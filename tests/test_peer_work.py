@@ -150,6 +150,12 @@ def test_table_is_of_medians_within_rounds(compare: ModuleType, peer_work: Modul
     assert len(lines) == 1 + len(table) and all(line.startswith(name) for line, name in zip(lines[1:], table, strict=True))
 
 
+def test_a_busy_machine_is_seen_in_the_cores_a_peer_had(compare: ModuleType) -> None:
+    rounds = [{compare.OURS: {}, "hf": {"user_s": {"p50": 2.0}, "cpu_s": {"p50": cpu}, "machine": {"cpus": 2}}} for cpu in (4.0, 2.0)]
+    assert compare.describe_cores(rounds) == ["hf: 2.0, 1.0 of 2 cores"]
+    assert compare.describe_cores([{compare.OURS: {}}]) == []
+
+
 @pytest.mark.parametrize(
     ("work", "size", "value"), [("step", "group_size", 4), ("rollout", "prompts", 1), ("rank", "negatives", 99), ("rank", "cutoffs", [1])]
 )

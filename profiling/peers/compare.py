@@ -185,6 +185,17 @@ def format_table(work: Work, table: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def describe_cores(rounds: list[dict[str, dict[str, Any]]]) -> list[str]:
+    """A line a peer: how many cores it had in each round, from its processor seconds. Far under all of them, the machine was busy."""
+    lines = []
+    for name in rounds[0].keys() - {OURS}:
+        rows = [rows[name] for rows in rounds]
+        whole = [next(row[phase] for phase in ("step_s", "rollout_s", "user_s") if phase in row) for row in rows]
+        cores = ", ".join(f"{row['cpu_s']['p50'] / seconds['p50']:.1f}" for row, seconds in zip(rows, whole, strict=True))
+        lines.append(f"{name}: {cores} of {rows[0]['machine']['cpus']} cores")
+    return sorted(lines)
+
+
 def make_commands(work: Work, *, steps: int, environments: dict[str, Path | None]) -> dict[str, list[str]]:
     """Command by program, ours first; a peer without an environment is left out.
 
@@ -230,7 +241,7 @@ def main() -> None:
     for name, work in works.items():
         table = summarise_rounds([read_round(work, rows) for rows in rounds[name]])
         found[name] = {"table": table, "rounds": rounds[name]}
-        print(f"{name}\n{format_table(work, table)}\n")
+        print("\n".join([name, format_table(work, table), *describe_cores(rounds[name]), ""]))
     # A step's table and rounds stand where they stood before there was other work.
     document = {"benchmark": "peers", **found.pop("step", {}), **found}
     options.json.parent.mkdir(parents=True, exist_ok=True)

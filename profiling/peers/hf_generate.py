@@ -9,6 +9,7 @@ lists which settings were tried.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def main() -> None:
     settings = {key: getattr(args, key) for key in ("dtype", "attention", "cache", "compile", "prompt")} | {
         "adapters": None,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
     }
     row = make_call_row("hf-generate", work, settings, PACKAGES, call="rollout", seconds=seconds, cpu_s=cpu, warmup=args.warmup)
     emit_row(row, args.json)

@@ -10,6 +10,8 @@ code evaluates, what is left out here in the peer's favour, and which settings w
 
 from __future__ import annotations
 
+import os
+
 import torch
 from hf_model import DTYPES, FIRST_ID, PACKAGES, add_options, make_model, read_generation_options, time_calls
 from peer_work import CONFIG, PeerWork, check_config, emit_row, make_call_row, make_parser, make_prompts
@@ -42,6 +44,7 @@ def main() -> None:
         "adapters": None,
         "sampling": "greedy",
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
     }
     row = make_call_row("hf-rank", work, settings, PACKAGES, call="user", seconds=seconds, cpu_s=cpu, warmup=args.warmup)
     emit_row(row | {"users_per_s": round(1 / row["user_s"]["p50"], 4)}, args.json)

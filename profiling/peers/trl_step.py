@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when torch is loaded. Threads that spin for one without a core make a call ten times as long on a machine shared with others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -145,6 +147,7 @@ def main() -> None:
 
     settings = {key: getattr(args, key) for key in ("dtype", "attention", "micro_batch", "compile", "cache", "device")}
     settings |= {"gradient_checkpointing": "non-reentrant", "optimizer": "adamw_torch_fused", "threads": torch.get_num_threads()}
+    settings["omp_wait_policy"] = os.environ["OMP_WAIT_POLICY"]
     settings["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     packages = ("trl", "transformers", "peft", "accelerate", "torch")
     row = make_row(
