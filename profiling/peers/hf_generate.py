@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in trl_step.py
+
 import torch
 from hf_model import DTYPES, FIRST_ID, PACKAGES, add_options, make_model, read_generation_options, time_calls
 from peer_work import CONFIG, PeerWork, check_config, emit_row, make_call_row, make_parser, make_prompts

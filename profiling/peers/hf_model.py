@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Read when torch is loaded. Threads that spin for one without a core make a call ten times as long on a machine shared with others.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
