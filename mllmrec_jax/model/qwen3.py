@@ -254,7 +254,8 @@ class Decoder(nnx.Module):
             prompt, cached = own
             new = KeyValues(*(pack(jnp.swapaxes(x, 1, 2), self.config.cache_dtype) for x in (k, v)))
             grown = jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, axis=3), cached, new)
-            return attend_cached(q, *(unpack(x, q.dtype) for x in (*grown, *prompt)), prompt_length, index), grown
+            own_k, own_v, prompt_k, prompt_v = (unpack(x, q.dtype) for x in (*grown, *prompt))
+            return attend_cached(q, own_k, own_v, prompt_k, prompt_v, prompt_length, index), grown
 
         per_layer = (prompt_cache, cache)
         (x,), cache, inputs = self._run_layers(

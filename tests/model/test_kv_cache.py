@@ -69,6 +69,6 @@ def test_a_token_transposes_no_keys_or_values_of_prompts() -> None:
     def decode(model: Decoder, token: jax.Array, made: KeyValues, cache: KeyValues) -> jax.Array:
         return model.decode(token, jnp.int32(1), jnp.full((b,), p), made, cache).hidden
 
-    text = decode.lower(model, jax.ShapeDtypeStruct((b, g), jnp.int32), made, cache).compile().as_text()
+    text = decode.lower(model, jax.ShapeDtypeStruct((b, g), jnp.int32), made, cache).compile().as_text() or ""
     moved = [set(map(int, found.split(","))) for found in re.findall(r"= f32\[([\d,]+)\]\S* (?:transpose|copy)\(", text)]
     assert moved and not [shape for shape in moved if {p, CONFIG.head_dim} <= shape]
