@@ -40,6 +40,7 @@ from mllmrec_jax.model.lora import add_adapters
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.model.sharded import make_sharded
 from mllmrec_jax.model.vocabulary import set_item_rows
+from mllmrec_jax.objectives.logprobs import check_logprob
 from mllmrec_jax.prepare import Prepared, TestLists, prepare_data
 from mllmrec_jax.prompts import sanitise_text
 from mllmrec_jax.provenance import write_provenance
@@ -60,7 +61,6 @@ from mllmrec_jax.train.metrics_log import read_metrics
 from mllmrec_jax.train.sft_loop import run_sft
 from mllmrec_jax.train.stage import start_state
 from mllmrec_jax.train.state import Policy, TrainState, fold_policy, make_optimizer, merge_policy, split_policy
-from mllmrec_kernels.logprob_kl import check_implementation
 
 
 class RunFolderError(RuntimeError):
@@ -399,10 +399,7 @@ def open_mesh(config: MeshConfig) -> Mesh:
 
 def _check_run(config: RunConfig, mesh: Mesh, *, training: bool) -> None:
     """What can be known to fail before any data are read."""
-    try:
-        check_implementation(config.logprob.implementation)
-    except ValueError as error:
-        raise ConfigError(f"logprob.implementation: {error}") from error
+    check_logprob(config.logprob)
     weights = config.model.weights
     model = config.model if weights is None else read_model_config(weights, config.model)[0]
     for stage in ("sft", "grpo"):

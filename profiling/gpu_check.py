@@ -140,15 +140,6 @@ def run_part(part: Part, log: Path, environment: dict[str, str], *, seconds: flo
     return {"status": "done", **taken} if reason is None else {"status": "failed", "reason": reason, **taken}
 
 
-def read_last_line(path: Path) -> Any:
-    """The document in a JSON file, or the last line's in one of several."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return json.loads(text.splitlines()[-1])
-
-
 def keep_profile(profile: Path, archive: Path) -> None:
     """The folder of a profile, trace and programs included, in one file."""
     with tarfile.open(archive, "w:gz") as file:
@@ -208,7 +199,7 @@ def main() -> int:
                 part = part._replace(command=[*part.command, "--budget-seconds", str(min(part.seconds, left) - LEAST_SECONDS / 2)])
             entry = {"part": part.name, **run_part(part, log, environment, seconds=left)}
             if part.document is not None and part.document.exists():
-                entry["document"] = read_last_line(part.document)
+                entry["document"] = json.loads(part.document.read_text(encoding="utf-8"))
                 if part.name.startswith("profile"):
                     keep_profile(part.document, folder / f"profile_{MODELS[0]}.tar.gz")
             entries.append(entry)

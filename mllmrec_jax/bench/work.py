@@ -14,14 +14,14 @@ from mllmrec_jax.bench.executed import count_executed
 from mllmrec_jax.bench.flops import NO_WORK, Sizes, Work
 from mllmrec_jax.bench.measure import Program, compile_program
 from mllmrec_jax.bench.rows import describe_program, make_row, rate_tokens, rate_work
-from mllmrec_jax.config import ConfigError, LoraConfig, RunConfig
+from mllmrec_jax.config import LoraConfig, RunConfig
 from mllmrec_jax.generate.rollout import check_positions
 from mllmrec_jax.model.lora import add_adapters
 from mllmrec_jax.model.qwen3 import Decoder
 from mllmrec_jax.model.sharded import make_sharded
+from mllmrec_jax.objectives.logprobs import check_logprob
 from mllmrec_jax.sharding import check_model, current_mesh
 from mllmrec_jax.train.state import Policy, split_policy
-from mllmrec_kernels.logprob_kl import check_implementation
 
 NO_MESH = jax.sharding.Mesh(np.empty((), dtype=object), ())
 
@@ -38,10 +38,7 @@ def check_work(config: RunConfig, sizes: Sizes) -> None:
     Raises:
       ConfigError: tokens do not fit the model, sizes do not divide over the mesh in context, or the log-prob implementation cannot run.
     """
-    try:
-        check_implementation(config.logprob.implementation)
-    except ValueError as error:
-        raise ConfigError(f"logprob.implementation: {error}") from error
+    check_logprob(config.logprob)
     check_positions(sizes.prompt_tokens, sizes.new_tokens, config.model.max_position)
     if current_mesh() is not None:
         check_model(config.model, jax.sharding.get_mesh(), vocab_size=sizes.vocabulary, batch_size=sizes.prompts)

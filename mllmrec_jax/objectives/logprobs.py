@@ -7,11 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mllmrec_jax.config import LogprobConfig
+from mllmrec_jax.config import ConfigError, LogprobConfig
 from mllmrec_jax.data.group_batch import GroupBatch
 from mllmrec_jax.model.qwen3 import Decoder, predicting_states
 from mllmrec_jax.sharding import vocab_sharding
-from mllmrec_kernels.logprob_kl import LogprobOutput, compute_logprobs
+from mllmrec_kernels.logprob_kl import LogprobOutput, check_implementation, compute_logprobs
+
+
+def check_logprob(config: LogprobConfig) -> None:
+    """Raises ConfigError where the implementation asked for cannot run here."""
+    try:
+        check_implementation(config.implementation)
+    except ValueError as error:
+        raise ConfigError(f"logprob.implementation: {error}") from error
 
 
 def completion_mask(batch: GroupBatch) -> jax.Array:
