@@ -21,7 +21,7 @@ def bench_rollout(config: RunConfig, *, repeats: int = 20) -> dict[str, Any]:
 
     Returns:
       Rows `prefill` and `rollout` (which has a prefill of its own); `decode_token_s`: what is left of a rollout for each of the C - 1
-      decoding steps.
+      decoding steps, negative where decoding takes less than the noise of a prefill.
     """
     work = GrpoWork(config, find_sizes(config), steps=1)
     lora = config.grpo.lora if config.grpo.mode == "lora" else None
