@@ -120,15 +120,14 @@ class Pairs(NamedTuple):
     executed: float
     needed: float
     blocked: float
-    """Of `executed`, those in blocks, whose backward pass makes the scores again."""
+    """Of `executed`, those in blocks, whose backward pass makes the scores again; fewer than `QUERY_BLOCK` rows keep them."""
 
 
 def count_prompt_pairs(sizes: Sizes) -> Pairs:
     """Causal self-attention of the prompts: each block of rows meets the keys up to its own end, P (P + 1) / 2 pairs count."""
     p = sizes.prompt_tokens
-    blocks = cut_prompt(p)
-    executed = float(sizes.prompts * sum((end - start) * end for start, end in blocks))
-    return Pairs(executed, sizes.prompts * p * (p + 1) / 2, executed if len(blocks) > 1 else 0.0)
+    executed = float(sizes.prompts * sum((end - start) * end for start, end in cut_prompt(p)))
+    return Pairs(executed, sizes.prompts * p * (p + 1) / 2, executed if p > QUERY_BLOCK else 0.0)
 
 
 def count_completion_pairs(sizes: Sizes) -> Pairs:

@@ -1,16 +1,19 @@
 """Attention on the group layout: G continuations attend to one shared prompt and each to itself.
 
 Scores are made for a block of query rows at a time, so that peak memory grows with the block and not with G x P; blocks are recomputed
-in the backward pass. Softmax is float32. Head axes: H query heads share K key/value heads, R = H / K queries each.
+in the backward pass. Softmax is float32. Head axes: H query heads share K key/value heads, R = H / K queries each. Within, heads come
+first, so that every product of scores takes its operands as they lie: queries are transposed once, scores never.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from mllmrec_jax.config import RopeScalingConfig
 
@@ -52,11 +55,25 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
-    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+def _exponentiate(*parts: tuple[jax.Array, jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    """Softmax over the last axes of all parts together, not yet divided by its sum, which is the second result.
+
+    A part is scores and the mask of those that count; every row has one that does.
+    """
+    masked = [jnp.where(mask, scores.astype(jnp.float32), -jnp.inf) for scores, mask in parts]
+    top = functools.reduce(jnp.maximum, (jnp.max(scores, axis=-1, keepdims=True) for scores in masked))
+    weights = [jnp.exp(scores - jax.lax.stop_gradient(top)) for scores in masked]
+    return weights, sum((jnp.sum(part, axis=-1, keepdims=True) for part in weights), jnp.float32(0))
+
+
+# What a block keeps for its backward pass, which needs it for the division: without it the products with values would be made again.
+KEEP_MIXED = jax.checkpoint_policies.save_only_these_names("mixed")
+
+
+def _divide(mixed: jax.Array, total: jax.Array) -> jax.Array:
+    """Softmax's division after the mixing of values, which is narrower than scores are."""
+    mixed, total = (checkpoint_name(x, "mixed") for x in (mixed, total))
+    return (mixed / total).astype(mixed.dtype)
 
 
 def cut_prompt(size: int) -> list[tuple[int, int]]:
@@ -69,22 +86,40 @@ def cut_prompt(size: int) -> list[tuple[int, int]]:
 def attend_prompt(q: Float[Array, "B P H d"], k: Float[Array, "B P K d"], v: Float[Array, "B P K d"]) -> Float[Array, "B P H d"]:
     """Causal self-attention of right-padded prompts: padding stands behind every real row, so causality already hides it.
 
-    A block of query rows meets the keys up to its own end, and no scores are made of those behind it.
+    A block of query rows meets the keys up to its own end, and no scores are made of those behind it. Prompts of up to `QUERY_BLOCK` rows
+    keep theirs for the backward pass.
     """
     b, p, h, d = q.shape
     kv = k.shape[2]
-    q = q.reshape(b, p, kv, h // kv, d) * d**-0.5
+    q = (q * d**-0.5).reshape(b, p, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
+    k, v = (x.swapaxes(1, 2) for x in (k, v))
 
-    def attend(q_block: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        scores = jnp.einsum("bqkrd,bpkd->bkrqp", q_block, k)
-        rows, keys = scores.shape[-2:]
-        weights = _softmax(scores, jnp.arange(keys)[None, :] <= keys - rows + jnp.arange(rows)[:, None])
-        return jnp.einsum("bkrqp,bpkd->bqkrd", weights.astype(v.dtype), v)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        rows, keys = q.shape[3], k.shape[2]
+        past = jnp.arange(keys) <= keys - rows + jnp.arange(rows)[:, None]
+        (weights,), total = _exponentiate((jnp.einsum("bkrqd,bkpd->bkrqp", q, k), past))
+        return _divide(jnp.einsum("bkrqp,bkpd->bkrqd", weights.astype(v.dtype), v), total)
 
-    blocks = cut_prompt(p)
-    attend_block = jax.checkpoint(attend) if len(blocks) > 1 else attend
-    out = [attend_block(q[:, start:end], k[:, :end], v[:, :end]) for start, end in blocks]
-    return jnp.concatenate(out, axis=1).reshape(b, p, h, d)
+    attend_block = jax.checkpoint(attend, policy=KEEP_MIXED) if p > QUERY_BLOCK else attend
+    out = [attend_block(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end]) for start, end in cut_prompt(p)]
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, p, h, d)
+
+
+def _attend_members(
+    q: Float[Array, "B K G R Q d"],
+    k: Float[Array, "B K G C d"],
+    v: Float[Array, "B K G C d"],
+    prompt_k: Float[Array, "B K P d"],
+    prompt_v: Float[Array, "B K P d"],
+    length: Int[Array, " B"],
+    in_own: Bool[Array, "Q C"],
+) -> Float[Array, "B K G R Q d"]:
+    """Query rows of members on their prompt, all members in one product, and on those of their own tokens that `in_own` shows."""
+    in_prompt = (jnp.arange(prompt_k.shape[2]) < length[:, None])[:, None, None, None, None, :]
+    to_prompt, to_own = jnp.einsum("bkgrqd,bkpd->bkgrqp", q, prompt_k), jnp.einsum("bkgrqd,bkgcd->bkgrqc", q, k)
+    (prompt, own), total = _exponentiate((to_prompt, in_prompt), (to_own, in_own))
+    out = jnp.einsum("bkgrqp,bkpd->bkgrqd", prompt.astype(v.dtype), prompt_v)
+    return _divide(out + jnp.einsum("bkgrqc,bkgcd->bkgrqd", own.astype(v.dtype), v), total)
 
 
 @jax.named_scope("attend")
@@ -97,41 +132,30 @@ def attend_group(
     length: Int[Array, " B"],
 ) -> Float[Array, "B G C H d"]:
     """Attention of completion tokens to their prompt (stored once a group) and to their own member's tokens up to themselves."""
-    b, g, rows, h, d = q.shape
-    c, kv = k.shape[2], k.shape[3]
-    p = prompt_k.shape[1]
-    q = q.reshape(b, g, rows, kv, h // kv, d) * d**-0.5
-    in_prompt = jnp.arange(p)[None, :] < length[:, None]
-    causal = jnp.arange(c)[None, :] <= jnp.arange(rows)[:, None]
+    b, g, c, h, d = q.shape
+    kv = k.shape[3]
+    q = (q * d**-0.5).reshape(b, g, c, kv, h // kv, d).transpose(0, 3, 1, 4, 2, 5)
+    k, v = (jnp.moveaxis(x, 3, 1) for x in (k, v))
+    prompt_k, prompt_v = (x.swapaxes(1, 2) for x in (prompt_k, prompt_v))
+    past = jnp.arange(c) <= jnp.arange(c)[:, None]
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        members = q.shape[1]
-        to_prompt = jnp.einsum("bgqkrd,bpkd->bkgrqp", q, prompt_k)
-        to_own = jnp.einsum("bgqkrd,bgckd->bkgrqc", q, k)
-        mask = jnp.concatenate(
-            [
-                jnp.broadcast_to(in_prompt[:, None, None, None, None, :], (b, 1, 1, 1, rows, p)),
-                jnp.broadcast_to(causal, (b, 1, 1, 1, rows, c)),
-            ],
-            axis=-1,
-        )
-        weights = _softmax(jnp.concatenate([to_prompt, to_own], axis=-1), mask).astype(v.dtype)
-        out = jnp.einsum("bkgrqp,bpkd->bgqkrd", weights[..., :p], prompt_v)
-        out += jnp.einsum("bkgrqc,bgckd->bgqkrd", weights[..., p:], v)
-        return out.reshape(b, members, rows, h, d)
+    def attend(own: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return _attend_members(*own, prompt_k, prompt_v, length, past)
 
-    members = max(1, QUERY_BLOCK // rows)
+    members = max(1, QUERY_BLOCK // c)
     if members >= g:
-        return attend(q, k, v)
-    # Whole members a block, so that a block's own keys are its own; G is padded up to full blocks.
-    blocks = -(-g // members)
+        out = attend((q, k, v))
+    else:
+        # Whole members a block, so that a block's own keys are its own; G is padded up to full blocks.
+        blocks = -(-g // members)
 
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, blocks * members - g)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(b, blocks, members, *x.shape[2:]).swapaxes(0, 1)
+        def split(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, blocks * members - g)] + [(0, 0)] * (x.ndim - 3))
+            return jnp.moveaxis(x.reshape(b, kv, blocks, members, *x.shape[3:]), 2, 0)
 
-    out = jax.lax.map(jax.checkpoint(lambda args: attend(*args)), (split(q), split(k), split(v)))
-    return out.swapaxes(0, 1).reshape(b, blocks * members, rows, h, d)[:, :g]
+        out = jax.lax.map(jax.checkpoint(attend, policy=KEEP_MIXED), (split(q), split(k), split(v)))
+        out = jnp.moveaxis(out, 0, 2).reshape(b, kv, blocks * members, *out.shape[4:])[:, :, :g]
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, g, c, h, d)
 
 
 @jax.named_scope("attend")
@@ -146,18 +170,10 @@ def attend_cached(
 ) -> Float[Array, "B G H d"]:
     """`attend_group` of the members' token number `index` alone, on a cache whose later slots hold anything finite.
 
-    The cache has its heads first: matrix products take it as it lies, and nothing is transposed at every token. A group's queries meet
-    the prompt's keys in one product.
+    The cache has its heads first, so that nothing is transposed at every token.
     """
     b, g, h, d = q.shape
-    kv, c, p = k.shape[1], k.shape[3], prompt_k.shape[2]
-    r = h // kv
-    q = (q * d**-0.5).reshape(b, g, kv, r, d).transpose(0, 2, 1, 3, 4)
-    to_prompt = jnp.einsum("bkmd,bkpd->bkmp", q.reshape(b, kv, g * r, d), prompt_k).reshape(b, kv, g, r, p)
-    to_own = jnp.einsum("bkgrd,bkgcd->bkgrc", q, k)
-    in_prompt = (jnp.arange(p) < length[:, None])[:, None, None, None, :]
-    mask = [jnp.broadcast_to(in_prompt, (b, 1, 1, 1, p)), jnp.broadcast_to(jnp.arange(c) <= index, (b, 1, 1, 1, c))]
-    weights = _softmax(jnp.concatenate([to_prompt, to_own], axis=-1), jnp.concatenate(mask, axis=-1)).astype(v.dtype)
-    out = jnp.einsum("bkmp,bkpd->bkmd", weights[..., :p].reshape(b, kv, g * r, p), prompt_v).reshape(b, kv, g, r, d)
-    out += jnp.einsum("bkgrc,bkgcd->bkgrd", weights[..., p:], v)
-    return out.transpose(0, 2, 1, 3, 4).reshape(b, g, h, d)
+    kv, c = k.shape[1], k.shape[3]
+    q = (q * d**-0.5).reshape(b, g, kv, h // kv, 1, d).swapaxes(1, 2)
+    out = _attend_members(q, k, v, prompt_k, prompt_v, length, (jnp.arange(c) <= index)[None, :])
+    return out.swapaxes(1, 2).reshape(b, g, h, d)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +159,25 @@ def test_blocks_of_a_prompt_are_few_and_leave_no_row_out(size: int) -> None:
     blocks = attention.cut_prompt(size)
     assert [row for start, end in blocks for row in range(start, end)] == list(range(size))
     assert len(blocks) <= attention.MAX_PROMPT_BLOCKS
+
+
+@pytest.mark.parametrize("block", [8, 512])
+def test_no_scores_are_transposed(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass transpose queries, keys, values and outputs, which are narrow, and never scores, which are wide."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "PROMPT_BLOCK", block)
+    b, g, c, p, h, kv, d = 2, 3, 8, 64, 4, 2, 4
+    kv_shapes = (b, g, c, kv, d), (b, g, c, kv, d), (b, p, kv, d), (b, p, kv, d)
+    q, *own = draw(9, (b, g, c, h, d), *kv_shapes)
+    (prompt_q,) = draw(10, (b, p, h, d))
+
+    def run(prompt_q: jax.Array, *arrays: jax.Array) -> jax.Array:
+        *_, prompt_k, prompt_v = arrays
+        return jnp.sum(attend_prompt(prompt_q, prompt_k, prompt_v)) + jnp.sum(attend_group(*arrays, jnp.array([p, 9])))
+
+    program = jax.jit(jax.grad(run, argnums=range(6))).lower(prompt_q, q, *own).as_text()
+    shapes = re.findall(r"stablehlo\.transpose .*-> tensor<([\dx]+)xf32>", program)
+    assert shapes and max(math.prod(map(int, shape.split("x"))) for shape in shapes) <= b * max(p, g * c) * h * d
 
 
 def test_scores_that_causality_hides_are_not_made() -> None:
