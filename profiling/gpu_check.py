@@ -54,6 +54,10 @@ class Part(NamedTuple):
     """That has to be on the PATH."""
     document: Path | None = None
     """JSON that the command writes."""
+    archive: Path | None = None
+    """Where the folder of the document is kept, in one file."""
+    told_budget: bool = False
+    """The command takes --budget-seconds, skips by name what it has no time for, and then writes its tables."""
 
 
 def list_parts(folder: Path, scratch: Path, *, tiny: bool) -> list[Part]:
@@ -66,7 +70,7 @@ def list_parts(folder: Path, scratch: Path, *, tiny: bool) -> list[Part]:
 
     def kernels(stage: str, seconds: float) -> Part:
         command = [python, str(HERE / "bench_logprob_kl.py"), "--out", str(folder), "--stage", stage, *["--tiny"] * tiny]
-        return Part(f"log-prob kernel, {stage}", command, seconds, KERNELS + launcher)
+        return Part(f"log-prob kernel, {stage}", command, seconds, KERNELS + launcher, told_budget=True)
 
     def bench(what: str, model: str, seconds: float) -> Part:
         document = scratch / f"{what}_{model}.json"
@@ -88,7 +92,7 @@ def list_parts(folder: Path, scratch: Path, *, tiny: bool) -> list[Part]:
         Part("kernel tests", tests, 150, KERNELS + launcher),
         kernels("main", 120),
         *(bench("step", model, seconds) for model, seconds in zip(models, (90, 90, 120), strict=False)),
-        Part(f"profile {profiled}", trace, 90, TRAINER + launcher, document=profile),
+        Part(f"profile {profiled}", trace, 90, TRAINER + launcher, document=profile, archive=folder / f"profile_{profiled}.tar.gz"),
         Part(f"TRL step {profiled}", peer, 120, ("trl", "peft", "datasets"), document=scratch / "trl.json"),
         Part("ncu others_kernel", counters, 90, TRAINER + launcher, "ncu", scratch / "ncu.json"),
         *(bench("rollout", model, 60) for model in reversed(models)),
@@ -140,10 +144,10 @@ def run_part(part: Part, log: Path, environment: dict[str, str], *, seconds: flo
     return {"status": "done", **taken} if reason is None else {"status": "failed", "reason": reason, **taken}
 
 
-def keep_profile(profile: Path, archive: Path) -> None:
-    """The folder of a profile, trace and programs included, in one file."""
+def keep_folder(folder: Path, archive: Path) -> None:
+    """A folder and all that is in it, in one file."""
     with tarfile.open(archive, "w:gz") as file:
-        file.add(profile.parent, arcname=archive.name.removesuffix(".tar.gz"))
+        file.add(folder, arcname=archive.name.removesuffix(".tar.gz"))
 
 
 def list_rows(entry: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -195,13 +199,13 @@ def main() -> int:
             if options.only and not part.name.startswith(tuple(options.only)):
                 continue
             left = options.budget_seconds - (time.time() - started)
-            if part.name.startswith("log-prob"):  # skips by name what it has no time for, and then has to write its tables
+            if part.told_budget:
                 part = part._replace(command=[*part.command, "--budget-seconds", str(min(part.seconds, left) - LEAST_SECONDS / 2)])
             entry = {"part": part.name, **run_part(part, log, environment, seconds=left)}
             if part.document is not None and part.document.exists():
                 entry["document"] = json.loads(part.document.read_text(encoding="utf-8"))
-                if part.name.startswith("profile"):
-                    keep_profile(part.document, folder / f"profile_{MODELS[0]}.tar.gz")
+                if part.archive is not None:
+                    keep_folder(part.document.parent, part.archive)
             entries.append(entry)
             with lines.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")

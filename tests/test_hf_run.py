@@ -264,7 +264,7 @@ def launch(config: RunConfig, *words: str) -> None:
     toml = config.output / "two.toml"
     toml.parent.mkdir(exist_ok=True)
     toml.write_text(tomli_w.dumps(to_dict(config)))
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "launch"))
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "launch", "tests/processes"))
     command = [sys.executable, "-m", "mllmrec_jax.cli", "launch", "local", str(toml), "--cpu", *words]
     environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": ""}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

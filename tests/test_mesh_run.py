@@ -107,10 +107,10 @@ def read_report(config: RunConfig) -> dict[str, Any]:
 
 
 def clean_environment() -> dict[str, str]:
-    """Of a process in no cluster that finds this clone's packages and computes on the CPU."""
+    """Of a process in no cluster that finds this clone's packages, computes on the CPU and keeps its programs."""
     other = ("SLURM", "OMPI", "KUBERNETES", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(other)}
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "launch"))
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "launch", "tests/processes"))
     return kept | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
@@ -194,9 +194,7 @@ def test_a_vocabulary_that_does_not_divide_is_refused_with_its_size(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "devices", "sizes"), [(1, 4, (1, 2, 2)), (2, 2, (1, 2, 2)), (2, 2, (1, 1, 4)), (4, 1, (2, 2, 1)), (4, 1, (1, 2, 2))]
-)
+@pytest.mark.parametrize(("processes", "devices", "sizes"), [(1, 4, (1, 2, 2)), (2, 2, (1, 1, 4)), (4, 1, (2, 2, 1))])
 def test_processes_and_meshes_change_no_number(
     one_device: RunConfig, folder: Path, tmp_path: Path, launch: Launch, processes: int, devices: int, sizes: tuple[int, ...]
 ) -> None:
@@ -280,20 +278,19 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_floats(
     assert_same(config, expected)
 
 
-# What a process of a run to be killed does. It comes from a server that has done the imports, and keeps every compiled program: JAX writes
-# those of process 0 alone, and on the CPU each process looks for its own.
+# What a process of a run to be killed does. It comes from a server that has done the imports, and keeps every compiled program.
 FORKED = """
-import os, types
+import os, runpy
 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
 os.dup2(1, 2)
 os.environ["XLA_FLAGS"] = ""  # one device
 import jax
-from jax._src import compiler
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
+runpy.run_path(keep_programs)
 from mllmrec_jax.cli import main
 main(words)
 """
+KEEP_PROGRAMS = ROOT / "tests" / "processes" / "sitecustomize.py"
 PRELOADED = ["mllmrec_jax.cli", "mllmrec_jax.pipeline", "transformers.models.auto.tokenization_auto", "grain", "tyro"]
 
 
@@ -307,7 +304,9 @@ def forking(config: RunConfig, folder: Path) -> Iterator[list[Any]]:
     processes = []
     for command in plan_local(LocalOptions(config=str(toml), processes=2, cpu=True), [], port=find_free_port()):
         words = list(command.words[command.words.index("run") :])
-        processes.append(context.Process(target=exec, args=(FORKED, {"words": words, "log": str(log)})))
+        processes.append(
+            context.Process(target=exec, args=(FORKED, {"words": words, "log": str(log), "keep_programs": str(KEEP_PROGRAMS)}))
+        )
         processes[-1].start()
     try:
         yield processes

@@ -15,8 +15,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in trl_step.py
 
 import torch
-from hf_model import DTYPES, FIRST_ID, PACKAGES, add_options, make_model, read_generation_options, time_calls
-from peer_work import CONFIG, PeerWork, check_config, emit_row, make_call_row, make_parser, make_prompts
+from hf_model import DTYPES, FIRST_ID, add_options, describe_calls, make_model, read_generation_options, time_calls
+from peer_work import CONFIG, PeerWork, check_config, emit_row, make_parser, make_prompts
 from transformers import DynamicCache, Qwen3ForCausalLM
 
 
@@ -61,14 +61,8 @@ def main() -> None:
         "max_new_tokens": work.max_new_tokens,
     }
     with torch.inference_mode():
-        seconds, cpu = time_calls(lambda batch: METHODS[args.prompt](model, batch, work.group_size, options), list(prompts), work)
-    settings = {key: getattr(args, key) for key in ("dtype", "attention", "cache", "compile", "prompt")} | {
-        "adapters": None,
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
-    }
-    row = make_call_row("hf-generate", work, settings, PACKAGES, call="rollout", seconds=seconds, cpu_s=cpu, warmup=args.warmup)
-    emit_row(row, args.json)
+        times = time_calls(lambda batch: METHODS[args.prompt](model, batch, work.group_size, options), list(prompts), work)
+    emit_row(describe_calls("hf-generate", args, work, "rollout", times), args.json)
 
 
 if __name__ == "__main__":

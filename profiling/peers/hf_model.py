@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from peer_work import PeerWork
+from peer_work import PeerWork, make_call_row
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CompileConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -102,3 +102,16 @@ def time_calls(
         if new.shape[1] != work.max_new_tokens or bool((new == END_ID).any()):
             raise ValueError(f"generate: expected {work.max_new_tokens} new tokens and no end token, got {tuple(new.shape)}")
     return seconds, cpu
+
+
+def describe_calls(
+    name: str, args: argparse.Namespace, work: PeerWork, call: str, times: tuple[list[float], list[float]]
+) -> dict[str, Any]:
+    """The row of what `time_calls` timed; arguments as `make_call_row`."""
+    settings = {key: value for key, value in vars(args).items() if key not in ("steps", "warmup", "json")} | {
+        "adapters": None,
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+    }
+    seconds, cpu = times
+    return make_call_row(name, work, settings, PACKAGES, call=call, seconds=seconds, cpu_s=cpu, warmup=args.warmup)

@@ -15,8 +15,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in trl_step.py
 
 import torch
-from hf_model import DTYPES, FIRST_ID, PACKAGES, add_options, make_model, read_generation_options, time_calls
-from peer_work import CONFIG, PeerWork, check_config, emit_row, make_call_row, make_parser, make_prompts
+from hf_model import DTYPES, FIRST_ID, add_options, describe_calls, make_model, read_generation_options, time_calls
+from peer_work import CONFIG, PeerWork, check_config, emit_row, make_parser, make_prompts
 
 
 def main() -> None:
@@ -41,14 +41,8 @@ def main() -> None:
         return torch.cat([model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **options) for prompt in user])
 
     with torch.inference_mode():
-        seconds, cpu = time_calls(rank_user, list(prompts), work)
-    settings = {key: getattr(args, key) for key in ("dtype", "attention", "cache", "compile")} | {
-        "adapters": None,
-        "sampling": "greedy",
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
-    }
-    row = make_call_row("hf-rank", work, settings, PACKAGES, call="user", seconds=seconds, cpu_s=cpu, warmup=args.warmup)
+        times = time_calls(rank_user, list(prompts), work)
+    row = describe_calls("hf-rank", args, work, "user", times)
     emit_row(row | {"users_per_s": round(1 / row["user_s"]["p50"], 4)}, args.json)
 
 

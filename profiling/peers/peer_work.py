@@ -89,7 +89,7 @@ def check_config(work: PeerWork, path: Path = CONFIG) -> None:
     Raises:
         ValueError: a size differs.
     """
-    for keys, value in _read_sizes(path).items():
+    for keys, value in _find_sizes(_read_toml(path)).items():
         field = _IN_CONFIG[keys]
         if value != getattr(work, field):
             raise ValueError(
@@ -104,17 +104,20 @@ def read_work(path: Path) -> PeerWork:
     Raises:
         ValueError: a step of several micro-batches, which peers do not have.
     """
-    with path.open("rb") as file:
-        accumulation = tomllib.load(file).get("grpo", {}).get("accumulation", 1)
+    config = _read_toml(path)
+    accumulation = config.get("grpo", {}).get("accumulation", 1)
     if accumulation != 1:
         raise ValueError(f"{path}: grpo.accumulation: expected 1 (all prompts of a step are grpo.batch_size), got {accumulation}")
-    return dataclasses.replace(PeerWork(), **{_IN_CONFIG[keys]: value for keys, value in _read_sizes(path).items()})
+    return dataclasses.replace(PeerWork(), **{_IN_CONFIG[keys]: value for keys, value in _find_sizes(config).items()})
 
 
-def _read_sizes(path: Path) -> dict[tuple[str, ...], Any]:
-    """What the configuration names of `_IN_CONFIG`."""
+def _read_toml(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        config = tomllib.load(file)
+        return tomllib.load(file)
+
+
+def _find_sizes(config: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+    """What the configuration names of `_IN_CONFIG`."""
     found: dict[tuple[str, ...], Any] = {}
     for keys in _IN_CONFIG:
         node: Any = config

@@ -45,6 +45,13 @@ def clone_environment() -> dict[str, str]:
     return environment | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.fixture(scope="session")
+def training_environment(clone_environment: dict[str, str]) -> dict[str, str]:
+    """The same of a process that also keeps the programs it compiles."""
+    paths = os.pathsep.join([clone_environment["PYTHONPATH"], str(ROOT / "tests" / "processes")])
+    return clone_environment | {"PYTHONPATH": paths}
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyRun:
     """A run of the quickstart cut down to two SFT steps and two GRPO steps."""

@@ -36,10 +36,10 @@ def test_two_processes_find_each_other(require_command: Callable[[str, str], Non
         assert re.search(rf"process {index} of 2 on \S+: 1 of 2 cpu devices, sum over processes 3, expected 3", done.stdout)
 
 
-def test_two_processes_train(require_command: Callable[[str, str], None], clone_environment: dict[str, str], tiny_run: Any) -> None:
+def test_two_processes_train(require_command: Callable[[str, str], None], training_environment: dict[str, str], tiny_run: Any) -> None:
     require_command("mpirun", "openmpi-bin")
-    script = render(clone_environment, "--", *tiny_run.overrides)
-    done = subprocess.run(["bash", "-s"], input=script, env=clone_environment, capture_output=True, text=True)
+    script = render(training_environment, "--", *tiny_run.overrides)
+    done = subprocess.run(["bash", "-s"], input=script, env=training_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tiny_run.check()
 

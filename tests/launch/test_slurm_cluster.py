@@ -147,8 +147,8 @@ def test_two_tasks_find_each_other(slurm: RunSlurm, clone_environment: dict[str,
         assert re.search(rf"process {index} of 2 on \S+: 1 of 2 cpu devices, sum over processes 3, expected 3", log.read_text())
 
 
-def test_two_tasks_train(slurm: RunSlurm, clone_environment: dict[str, str], tmp_path: Path, tiny_run: Any) -> None:
-    job, log = submit(slurm, clone_environment, tmp_path, "--", *tiny_run.overrides)
+def test_two_tasks_train(slurm: RunSlurm, training_environment: dict[str, str], tmp_path: Path, tiny_run: Any) -> None:
+    job, log = submit(slurm, training_environment, tmp_path, "--", *tiny_run.overrides)
     wait_until(lambda: "JobState=COMPLETED" in show(slurm, job), lambda: read_log(log) + show(slurm, job), timeout_s=400)
     tiny_run.check()
 

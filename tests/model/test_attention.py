@@ -172,8 +172,9 @@ def test_no_scores_are_transposed(block: int, monkeypatch: pytest.MonkeyPatch) -
     (prompt_q,) = draw(10, (b, p, h, d))
 
     def run(prompt_q: jax.Array, *arrays: jax.Array) -> jax.Array:
-        *_, prompt_k, prompt_v = arrays
-        return jnp.sum(attend_prompt(prompt_q, prompt_k, prompt_v)) + jnp.sum(attend_group(*arrays, jnp.array([p, 9])))
+        q, k, v, prompt_k, prompt_v = arrays
+        group = attend_group(q, k, v, prompt_k, prompt_v, jnp.array([p, 9]))
+        return jnp.sum(attend_prompt(prompt_q, prompt_k, prompt_v)) + jnp.sum(group)
 
     program = jax.jit(jax.grad(run, argnums=range(6))).lower(prompt_q, q, *own).as_text()
     shapes = re.findall(r"stablehlo\.transpose .*-> tensor<([\dx]+)xf32>", program)

@@ -1,6 +1,7 @@
 """SFT and GRPO steps: accumulation, modes, several updates, and refusing what is not finite."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ CONFIG = ModelConfig(
 LINEAR = OptimizerConfig(learning_rate=1.0, eps=1e6, max_grad_norm=0.0)
 
 
+@functools.cache
 def make_policy(mode: str):
     model = Decoder(CONFIG, vocab_size=V, rngs=nnx.Rngs(0))
     if mode == "lora":
