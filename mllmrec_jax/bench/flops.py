@@ -120,7 +120,7 @@ class Pairs(NamedTuple):
     executed: float
     needed: float
     blocked: float
-    """Of `executed`, those in blocks, whose backward pass makes the scores again; fewer than `QUERY_BLOCK` rows keep them."""
+    """Of `executed`, those in blocks, whose backward pass makes the scores again; up to `QUERY_BLOCK` rows keep them."""
 
 
 def count_prompt_pairs(sizes: Sizes) -> Pairs:
