@@ -45,7 +45,8 @@ def read_lines(folder: Path) -> dict[str, dict[str, Any]]:
 def test_runs_start_to_finish(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     # The kernels' benchmark has a test of its own; the Triton kernels run in their interpreter here.
-    done = run_script("--tiny", "--only", "kernel tests", "step", "profile", "TRL", "ncu", "rollout", OUT=str(tmp_path))
+    parts = ("kernel tests", "step", "profile", "TRL", "ncu", "rollout")
+    done = run_script("--tiny", "--budget-seconds", "3600", "--only", *parts, OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     lines = read_lines(tmp_path)
     assert list(lines) == [
