@@ -43,10 +43,14 @@ def sample(model, rows=slice(None), **options):
     return run(state, PROMPT[rows], LENGTH[rows], keys)
 
 
+encode = nnx.jit(encode_predicting, static_argnames="adapters")
+score = nnx.jit(score_candidates, static_argnums=2)
+
+
 def test_logps_are_what_training_recomputes(model):
     out = sample(model)
     batch = GroupBatch(PROMPT, LENGTH, out.completion, out.completion_length)
-    hidden = encode_predicting(model, batch, adapters=True)
+    hidden = encode(model, batch, adapters=True)
     expected = completion_logprobs(hidden, model.head_weight, batch, LogprobConfig(), temperature=0.9).logp
     np.testing.assert_allclose(out.logp_raw, expected, atol=2e-5)
     assert np.all(np.asarray(out.logp_sampled) >= np.asarray(out.logp_raw) - 1e-5)
@@ -77,7 +81,7 @@ def test_stop_token_ends_a_row_and_counts(model):
 def test_greedy_is_the_argmax_of_full_recomputation(model):
     out = sample(model, temperature=0.0, stop_ids=())
     batch = GroupBatch(PROMPT, LENGTH, out.completion, out.completion_length)
-    logits = encode_predicting(model, batch, adapters=True) @ model.head_weight.T
+    logits = encode(model, batch, adapters=True) @ model.head_weight.T
     np.testing.assert_array_equal(jnp.argmax(logits, axis=-1), out.completion)
 
 
@@ -90,7 +94,7 @@ def test_rank_scores_are_sums_of_answer_logps(model):
     """K candidates as one group score like K batches of one, answers of different lengths."""
     answers = jax.random.randint(jax.random.key(3), (3, 5, 4), 0, V)
     lengths = jnp.array([[4, 3, 2, 1, 4]] * 3)
-    together = score_candidates(model, GroupBatch(PROMPT, LENGTH, answers, lengths), LogprobConfig())
+    together = score(model, GroupBatch(PROMPT, LENGTH, answers, lengths), LogprobConfig())
     for k in range(5):
-        alone = score_candidates(model, GroupBatch(PROMPT, LENGTH, answers[:, k : k + 1], lengths[:, k : k + 1]), LogprobConfig())
+        alone = score(model, GroupBatch(PROMPT, LENGTH, answers[:, k : k + 1], lengths[:, k : k + 1]), LogprobConfig())
         np.testing.assert_allclose(together[:, k], alone[:, 0], rtol=1e-5, atol=1e-5)

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from mllmrec_jax.generate.sampling import keep_top_k, keep_top_p, sample_tokens
 
+# Loops outside a compiled function are compiled anew at every call.
+keep_top_k, keep_top_p = jax.jit(keep_top_k, static_argnums=1), jax.jit(keep_top_p, static_argnums=1)
+
 
 def sorted_top_p(probs: np.ndarray, top_p: float) -> np.ndarray:
     """Shortest prefix of the stably sorted probabilities with mass >= top_p * total."""

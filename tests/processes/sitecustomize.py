@@ -1,4 +1,4 @@
-"""Put on the path of a process that a test starts: it keeps every program it compiles, so that the next start of its like compiles none.
+"""Put on the path of a process that a test starts: it compiles as tests do, and keeps every program for the next start of its like.
 
 JAX writes programs of process 0 alone, and on the CPU each process looks for its own. Python imports this by its name.
 """
@@ -9,6 +9,8 @@ import types
 
 if "launch" not in sys.orig_argv:  # the launcher only starts the others
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # As in tests/conftest.py, which has JAX_DISABLE_MOST_OPTIMIZATIONS inherited.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     from jax._src import compiler
 
     compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
