@@ -14,11 +14,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Tests compile thousands of programs and run each a few times: three quarters of the compiler's time would go to speed that nobody sees.
-# XLA passes over an extra option that it does not know.
+# XLA passes over an extra option that it does not know. Processes that tests start read the flags by this name (tests/processes).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"]
+os.environ["TESTS_XLA_FLAGS"] = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 # Eight devices for what is sharded; everything else runs on the first.
-os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=8"])
+devices = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), os.environ["TESTS_XLA_FLAGS"], devices])
 # Triton kernels run in its interpreter, chosen when a kernel's module is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Nothing is downloaded in a test.

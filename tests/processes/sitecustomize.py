@@ -9,8 +9,7 @@ import types
 
 if "launch" not in sys.orig_argv:  # the launcher only starts the others
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # As in tests/conftest.py, which has JAX_DISABLE_MOST_OPTIMIZATIONS inherited.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "TESTS_XLA_FLAGS"))
     from jax._src import compiler
 
     compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
